@@ -1,0 +1,356 @@
+"""The one schema: config files, command-line overrides, form fields and saved runs come from it."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+from nora_diffusion.settings import (
+    ConfigError,
+    Section,
+    UserError,
+    apply_overrides,
+    get_key,
+    list_keys,
+    quote,
+    read_toml,
+    setting,
+    to_toml,
+    validate,
+)
+
+__all__ = ["ConfigError", "DreamboothConfig", "UserError", "load_config", "load_run"]
+
+RUN_CONFIG = "config.toml"
+"""Name of the resolved config inside a run folder."""
+
+
+def _check_ranks(section: str, r: int, inner_r: int) -> None:
+    if inner_r > r:
+        raise ValueError(f"{section}.inner_r = {inner_r}: must be at most {section}.r = {r}")
+
+
+class TimestepLaw(TypedDict):
+    """The law k(t) = floor(((T-t)/T)^alpha (k - k_min)) + k_min of the active inner rank."""
+
+    alpha: Annotated[float, Field(gt=0)]
+    k_min: Annotated[int, Field(ge=1)]
+
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Targets = tuple[Literal["attention", "feed_forward", "convolution"], ...]
+
+
+class Model(Section):
+    """The base model and where it runs."""
+
+    base: str = setting(
+        "mini",
+        'Base model: "mini" (built in), a Hugging Face id, a diffusers folder, or one '
+        ".safetensors file.",
+        min_length=1,
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Number format of the frozen base; auto: bf16 where the GPU has it, else fp32."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "Where to train; auto: cuda, then mps, then cpu.", resume=True
+    )
+    family: str = setting("auto", "Model family; auto: read from the base model.", min_length=1)
+
+
+class Adapter(Section):
+    """The NoRA adapter on the denoiser."""
+
+    r: int = setting(64, "Outer rank: directions taken from each frozen weight.", ge=1)
+    inner_r: int = setting(8, "Inner rank: rank of the trained core; at most adapter.r.", ge=1)
+    scaling: float = setting(1.0, "Factor on the adapter's output, independent of the ranks.", gt=0)
+    dropout: float = setting(
+        0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
+    )
+    init: Literal["orthogonal", "sigma"] = setting(
+        "orthogonal", "Start of the inner pair; both leave the base model unchanged at step 0."
+    )
+    basis: Literal["weight", "weight_minor", "activation", "gradient", "random"] = setting(
+        "weight", "Where the frozen outer directions come from."
+    )
+    seed: Seed = setting(0, "Seed of the factorisation and of the inner initialisation.")
+    timestep_rank: float | TimestepLaw | None = setting(
+        None,
+        "Fewer inner dimensions at noisier timesteps: exponent alpha, or alpha and k_min.",
+        allowed="a number > 0, or { alpha = A > 0, k_min = 1 to adapter.inner_r }, or none",
+    )
+    targets: Targets = setting(
+        ("attention",), "Parts of the denoiser to adapt.", min_length=1, strict=False
+    )
+    target_modules: tuple[str, ...] | None = setting(
+        None, "Names of the modules to adapt, instead of adapter.targets.", strict=False
+    )
+    init_from: str | None = setting(None, "Adapter file or run folder to start from.", min_length=1)
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        _check_ranks("adapter", self.r, self.inner_r)
+        law = self.timestep_rank
+        if isinstance(law, float | int) and law <= 0:
+            raise ValueError(f"adapter.timestep_rank = {law}: must be a number > 0")
+        if isinstance(law, dict) and law["k_min"] > self.inner_r:
+            raise ValueError(
+                f"adapter.timestep_rank.k_min = {law['k_min']}: must be at most "
+                f"adapter.inner_r = {self.inner_r}"
+            )
+        return self
+
+
+class TextEncoder(Section):
+    """An adapter on the text encoder(s), trained together with the denoiser's."""
+
+    train: bool = setting(False, "Adapt the text encoder(s) as well.")
+    r: int = setting(64, "Outer rank in the text encoder(s).", ge=1)
+    inner_r: int = setting(8, "Inner rank in the text encoder(s); at most text_encoder.r.", ge=1)
+    learning_rate: float | None = setting(
+        None, "Learning rate of the text encoder(s); none: train.learning_rate.", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        _check_ranks("text_encoder", self.r, self.inner_r)
+        return self
+
+
+class Data(Section):
+    """The photos and the words for them."""
+
+    subject: str = setting(
+        ..., "Folder with 1 to 20 photos of the subject (any format Pillow reads).", min_length=1
+    )
+    class_name: str = setting(
+        ..., 'Common noun for the subject, such as "dog" or "toy".', min_length=1
+    )
+    trigger: str = setting("sks", "Word that will stand for the subject in prompts.", min_length=1)
+    resolution_px: int | None = setting(
+        None,
+        "Side of the training images; none: the base model's own.",
+        unit="px",
+        ge=32,
+        le=4096,
+        multiple_of=8,
+    )
+    captions: bool = setting(
+        True, "Use NAME.txt beside a photo as its prompt; {trigger} and {class_name} are filled in."
+    )
+    flip: bool = setting(False, "Also train on mirrored photos.")
+    crop: Literal["center", "random"] = setting("center", "Which square of a photo is kept.")
+    class_images: str | None = setting(
+        None,
+        'Folder of class images for train.prior = "class_images"; images that are missing are '
+        "made by the base model.",
+        min_length=1,
+    )
+    cache: bool = setting(True, "Keep encoded images on disk for the next run.", resume=True)
+
+
+class Train(Section):
+    """The optimisation."""
+
+    steps: int = setting(400, "Optimiser steps.", unit="steps", resume=True, ge=1)
+    batch_size: int = setting(4, "Images in one forward pass.", unit="images", ge=1)
+    gradient_accumulation_steps: int = setting(
+        1, "Forward passes added up for one optimiser step.", ge=1
+    )
+    learning_rate: float = setting(
+        1e-3, "Peak learning rate: 10 to 20 times what LoRA takes.", gt=0
+    )
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting(
+        "constant", "Course of the learning rate after the warm-up; cosine and linear end at 0."
+    )
+    lr_warmup_steps: int = setting(
+        20, "Steps in which the learning rate rises from 0.", unit="steps", ge=0
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradients above this norm are scaled down to it.", gt=0)
+    seed: Seed = setting(0, "Seed of data order, noise, timesteps and dropout.")
+    prior: Literal["class_images", "base_prediction", "none"] = setting(
+        "none",
+        "What keeps the class from drifting: pictures of the class, the base model's own "
+        "predictions, or nothing.",
+    )
+    prior_weight: float = setting(1.0, "Weight of the prior beside the subject's loss.", ge=0)
+    prior_images: int = setting(
+        100, 'Class images for train.prior = "class_images".', unit="images", ge=1
+    )
+    min_snr_gamma: float | None = setting(
+        None, "Cap on the signal-to-noise weight of the loss (Min-SNR; 5 is usual).", gt=0
+    )
+    ema_decay: float | None = setting(
+        None, "Decay of the moving average of the inner pair that is saved.", gt=0, lt=1
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations: less memory, slower steps.", resume=True
+    )
+    checkpoint_every: int = setting(
+        100, "Save a resumable checkpoint every N steps; 0: at the end.", unit="steps",
+        resume=True, ge=0,
+    )  # fmt: skip
+    checkpoints_keep: int = setting(2, "Newest checkpoints to keep.", resume=True, ge=1)
+    log_every: int = setting(
+        10, "Write loss and rate every N steps.", unit="steps", resume=True, ge=1
+    )
+
+
+class Sample(Section):
+    """Pictures made while training and at its end."""
+
+    every: int = setting(
+        0, "Make a validation sheet every N steps; 0: at the end.", unit="steps", resume=True, ge=0
+    )
+    prompts: tuple[str, ...] = setting(
+        ("a {trigger} {class_name}", "a {trigger} {class_name} on the beach"),
+        "Prompts; {trigger} and {class_name} are filled in.",
+        resume=True,
+        min_length=1,
+        strict=False,
+    )
+    n: int = setting(2, "Pictures a prompt.", unit="images", resume=True, ge=1)
+    steps: int = setting(25, "Denoising steps.", unit="steps", resume=True, ge=1)
+    guidance: float = setting(5.0, "Classifier-free guidance scale; 1: off.", resume=True, ge=0)
+    seed: Seed = setting(0, "Seed of the first picture; picture i takes seed + i.", resume=True)
+    negative_prompt: str = setting("", "What the pictures should not show.", resume=True)
+
+
+class Output(Section):
+    """The run folder."""
+
+    dir: str = setting("runs/dreambooth", "The run folder; it must be empty or new.", min_length=1)
+    lora: bool = setting(True, "Write the exact LoRA export beside the adapter.", resume=True)
+    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(
+        None, "Number format of the saved adapter; none: as trained.", resume=True
+    )
+    portable: bool | None = setting(
+        None,
+        "Save the outer factors too, so that the file needs no exact base; none: only where "
+        "they cannot be derived again.",
+        resume=True,
+    )
+    tensorboard: bool = setting(False, "Also write TensorBoard logs.", resume=True)
+
+
+class DreamboothConfig(Section):
+    """All settings of one ``nora-dreambooth`` run."""
+
+    model: Model = Model()
+    adapter: Adapter = Adapter()
+    text_encoder: TextEncoder = TextEncoder()
+    data: Data
+    train: Train = Train()
+    sample: Sample = Sample()
+    output: Output = Output()
+
+
+def fill_prompt(text: str, trigger: str, class_name: str) -> str:
+    """Put the trigger word and the class into a prompt or caption.
+
+    Only ``{trigger}`` and ``{class_name}`` are replaced; other braces stay as they are.
+    """
+    return text.replace("{trigger}", trigger).replace("{class_name}", class_name)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parent
+    # A wheel carries them inside the package; a checkout keeps them at its top level.
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> DreamboothConfig:
+    """Read a config file or a shipped config and apply overrides to it.
+
+    Args:
+        source: path of a TOML file, or the name of a shipped config such as ``"mini"``.
+        overrides: as on the command line: ``"--train.steps", "300"`` or ``"train.steps=300"``.
+
+    Raises:
+        ConfigError: naming every problem at once.
+    """
+    values, problems = apply_overrides(DreamboothConfig, read_toml(find_config(source)), overrides)
+    origin = f"{source} and the command line" if overrides else str(source)
+    return validate(DreamboothConfig, values, origin, problems)
+
+
+def find_config(source: str | Path) -> Path:
+    """The file behind a path or a shipped name.
+
+    Raises:
+        ConfigError: when there is no such file and no shipped config of that name.
+    """
+    shipped = shipped_configs()
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if str(source) in shipped:
+        return shipped[str(source)]
+    near = difflib.get_close_matches(str(source), shipped, n=1)
+    raise ConfigError(
+        [
+            f"CONFIG = {quote(str(source))}: no such file, and no shipped config of that name "
+            f"({', '.join(shipped)})" + (f"; did you mean {near[0]}?" if near else "")
+        ],
+        "the command line",
+    )
+
+
+def save_config(config: DreamboothConfig, folder: str | Path) -> Path:
+    """Write the resolved config into a run folder, atomically; returns its path."""
+    path = Path(folder) / RUN_CONFIG
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(f"# Continue this run with: nora-dreambooth --resume DIR\n{to_toml(config)}")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothConfig:
+    """The config of an existing run, for resuming it.
+
+    Args:
+        folder: the run folder; it becomes ``output.dir``, so a run may have been moved.
+        overrides: may change only the keys that leave finished steps as they are (and repeat
+            any other key with the run's own value).
+
+    Raises:
+        ConfigError: when an override contradicts the run.
+    """
+    path = Path(folder) / RUN_CONFIG
+    saved = read_toml(path)
+    saved.setdefault("output", {})["dir"] = str(folder)
+    before = validate(DreamboothConfig, saved, str(path))
+    values, problems = apply_overrides(DreamboothConfig, saved, overrides)
+    after = validate(DreamboothConfig, values, f"{path} and the command line", problems)
+
+    keys = list_keys(DreamboothConfig)
+    free = ", ".join(key.name for key in keys if key.resume)
+    contradictions = [
+        f"{key.name} = {quote(get_key(after, key.name))}: this run was started with "
+        f"{quote(get_key(before, key.name))}"
+        for key in keys
+        if not key.resume and _differs(key.name, before, after)
+    ]
+    if contradictions:
+        contradictions.append(f"a resumed run can change only {free};")
+        contradictions.append("for other settings start a new run in another --output.dir")
+        raise ConfigError(contradictions, f"the settings for resuming {folder}")
+    return after
+
+
+def _differs(name: str, before: DreamboothConfig, after: DreamboothConfig) -> bool:
+    old, new = get_key(before, name), get_key(after, name)
+    if name == "output.dir":
+        return Path(old).resolve() != Path(new).resolve()
+    return old != new

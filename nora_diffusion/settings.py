@@ -1,0 +1,366 @@
+"""Settings from TOML and the command line, for any schema of sections; it knows no key by name."""
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import tomli_w
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class UserError(ValueError):
+    """A mistake the user can correct: commands print its text alone and exit with code 2."""
+
+
+class ConfigError(UserError):
+    """Every problem found in one set of settings.
+
+    Attributes:
+        problems: one sentence per problem, each starting with the user's key.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str) -> None:
+        """Compose one message from all ``problems`` found in ``source``."""
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in {source}:" + "".join(f"\n  {line}" for line in problems))
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict; ``"none"`` spells None, which TOML lacks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_none(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {
+            name: None if value == "none" and name in fields and _nullable(fields[name]) else value
+            for name, value in cast(dict[str, Any], data).items()
+        }
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str | None = None,
+    resume: bool = False,
+    allowed: str | None = None,
+    **limits: Any,
+) -> Any:
+    """Declare one key of a section.
+
+    Args:
+        default: its value where nobody gives one; ``...`` makes the key required.
+        help: one sentence for ``--help``, the reference page and form fields.
+        unit: unit of a number.
+        resume: whether the key may change when a run is resumed.
+        allowed: what is allowed, where the type and ``limits`` do not say it well.
+        limits: pydantic's ``ge gt le lt multiple_of min_length strict``.
+    """
+    extra: dict[str, Any] = {"unit": unit, "resume": resume, "allowed": allowed}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What help texts, reference pages and forms need to know about one key.
+
+    Attributes:
+        name: ``section.key``.
+        section: the section's class.
+        required: whether it has no default.
+        default: the default, or None where it is required.
+        help: one sentence.
+        allowed: the values it takes, in words.
+        unit: unit of a number, or None.
+        resume: whether it may change when a run is resumed.
+    """
+
+    name: str
+    section: type[BaseModel]
+    field: FieldInfo
+    required: bool
+    default: Any
+    help: str
+    allowed: str
+    unit: str | None
+    resume: bool
+
+
+def list_keys(schema: type[BaseModel]) -> tuple[Key, ...]:
+    """All keys of a schema, in its order."""
+    keys: list[Key] = []
+    for section_name, section_field in schema.model_fields.items():
+        section = cast(type[BaseModel], section_field.annotation)
+        for name, field in section.model_fields.items():
+            extra = cast(dict[str, Any], field.json_schema_extra)
+            keys.append(
+                Key(
+                    name=f"{section_name}.{name}",
+                    section=section,
+                    field=field,
+                    required=field.is_required(),
+                    default=None if field.default is PydanticUndefined else field.default,
+                    help=field.description or "",
+                    allowed=extra["allowed"] or _allowed(field),
+                    unit=extra["unit"],
+                    resume=extra["resume"],
+                )
+            )
+    return tuple(keys)
+
+
+def get_key(config: BaseModel, name: str) -> Any:
+    """The value of ``section.key``."""
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def quote(value: Any) -> str:
+    """A value as a user would write it in TOML; None is ``"none"``."""
+    return json.dumps(_spelled(value), ensure_ascii=False, default=str)
+
+
+def to_toml(config: BaseModel) -> str:
+    """The whole config as TOML, every key written out; reading it back gives an equal config."""
+    return tomli_w.dumps(_spelled(config.model_dump()))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: when it cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError(["is not UTF-8 text; save it as UTF-8"], str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"is not valid TOML: {error}"], str(path)) from None
+
+
+def apply_overrides(
+    schema: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Lay command-line settings over the values of a file.
+
+    Args:
+        schema: the model the values are for.
+        values: sections of keys, as read from TOML; left as it is.
+        overrides: ``"--section.key", "value"`` or ``"--section.key=value"``, dashes optional.
+
+    Returns:
+        The new values, and the problems that ``validate`` cannot see.
+    """
+    keys = {key.name: key for key in list_keys(schema)}
+    merged: dict[str, Any] = {
+        name: dict(cast(dict[str, Any], section)) if isinstance(section, dict) else section
+        for name, section in values.items()
+    }
+    given, problems = _pair(overrides)
+    for name, texts in given.items():
+        if name not in keys:
+            problems.append(f"{name} = {quote(texts[-1])}: {_unknown(schema, name)}")
+            continue
+        section_name, key = name.split(".")
+        section = merged.setdefault(section_name, {})
+        if isinstance(section, dict):  # else validate says what is wrong with the section
+            section[key] = _convert(keys[name], texts)
+    return merged, problems
+
+
+def validate(
+    schema: type[Schema], values: Mapping[str, Any], source: str, problems: Sequence[str] = ()
+) -> Schema:
+    """Build the config, or raise with every problem at once.
+
+    Args:
+        schema: the model to build.
+        values: sections of keys.
+        source: where the values come from, for the message.
+        problems: those already found.
+
+    Raises:
+        ConfigError: when there is any problem.
+    """
+    found = list(problems)
+    config = None
+    try:
+        config = schema.model_validate(dict(values))
+    except ValidationError as error:
+        allowed = {key.name: key.allowed for key in list_keys(schema)}
+        lines = [_explain(schema, details, values, allowed) for details in error.errors()]
+        found.extend(dict.fromkeys(lines))  # a list or union reports one key several times
+    if config is None or found:
+        raise ConfigError(found, source)
+    return config
+
+
+def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Sort override tokens into texts by key; a key given twice has two texts."""
+    given: dict[str, list[str]] = {}
+    problems: list[str] = []
+    tokens = list(overrides)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, text = token.removeprefix("--").partition("=")
+        if not equals:
+            if not token.startswith("--"):
+                problems.append(f"{token}: not a setting; write --section.key value")
+                continue
+            if not tokens or tokens[0].startswith("--"):
+                problems.append(f"{name}: needs a value; write {token} value")
+                continue
+            text = tokens.pop(0)
+        given.setdefault(name, []).append(text)
+    return given, problems
+
+
+def _convert(key: Key, texts: Sequence[str]) -> Any:
+    """Texts from the command line as the key's type; what does not convert stays text."""
+    text = texts[-1]
+    if text == "none" and _nullable(key.field):
+        return None
+    element = _element(key.field)
+    if text.startswith("{") or (element is not None and text.startswith("[")):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return text
+    if element is not None:
+        if typing.get_origin(element) is Literal:  # choices hold no commas
+            return [part.strip() for given in texts for part in given.split(",")]
+        return list(texts)
+    try:
+        return TypeAdapter(cast(Any, key.field.annotation)).validate_strings(text)
+    except ValidationError:
+        return text
+
+
+def _explain(
+    schema: type[BaseModel],
+    details: ErrorDetails,
+    values: Mapping[str, Any],
+    allowed: Mapping[str, str],
+) -> str:
+    """One pydantic error in the user's terms."""
+    location = [str(part) for part in details["loc"]]
+    name = ".".join(location[:2])
+    given: Any = values
+    for part in location[:2]:
+        given = cast(dict[str, Any], given).get(part) if isinstance(given, dict) else None
+    if details["type"] == "extra_forbidden" and (len(location) < 3):
+        shown = "" if len(location) == 1 else f" = {quote(given)}"
+        return f"{name}{shown}: {_unknown(schema, name)}"
+    if details["type"] == "missing" and len(location) == 1:
+        required = [key.name for key in list_keys(schema) if key.required]
+        return f"{name}: missing; give {', '.join(r for r in required if r.startswith(name))}"
+    if details["type"] == "missing" and len(location) == 2:
+        field = next(key for key in list_keys(schema) if key.name == name)
+        return f"{name}: missing; give it as --{name} ({field.help.rstrip('.')})"
+    if len(location) == 1 and details["type"] == "value_error":
+        return details["msg"].removeprefix("Value error, ")
+    if len(location) == 1:
+        return f"{name} = {quote(given)}: must be a section of keys, [{name}]"
+    return f"{name} = {quote(given)}: must be {allowed[name]}"
+
+
+def _unknown(schema: type[BaseModel], name: str) -> str:
+    keys = [key.name for key in list_keys(schema)]
+    sections = list(schema.model_fields)
+    if name in sections:
+        return f"a section, not a key; its keys: {', '.join(k for k in keys if k.startswith(name))}"
+    near = difflib.get_close_matches(name, keys + sections, n=1, cutoff=0.7)
+    if not near:  # the right key without its section, or in the wrong one
+        last = {key.split(".")[1]: key for key in reversed(keys)}
+        near = [last[n] for n in difflib.get_close_matches(name.split(".")[-1], last, n=1)]
+    if near:
+        return f"unknown; did you mean {near[0]}?"
+    section = name.split(".")[0]
+    if section in sections:
+        names = [key.split(".")[1] for key in keys if key.startswith(f"{section}.")]
+        return f"unknown; keys of [{section}]: {', '.join(names)}"
+    return f"unknown; sections: {', '.join(sections)}"
+
+
+def _spelled(value: Any) -> Any:
+    """A value in TOML's types: None spelled out, tuples as lists."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return {str(k): _spelled(v) for k, v in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in cast(Sequence[Any], value)]
+    return value
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation itself."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _nullable(field: FieldInfo) -> bool:
+    return type(None) in _options(field.annotation)
+
+
+def _element(field: FieldInfo) -> Any | None:
+    """Type of a list's elements, or None where the field is no list."""
+    for option in _options(field.annotation):
+        if typing.get_origin(option) is tuple:
+            return typing.get_args(option)[0]
+    return None
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The values a field takes, in words."""
+    limits = [
+        f"{sign} {getattr(limit, name):g}"
+        for kind, name, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
+        for limit in field.metadata
+        if isinstance(limit, kind)
+    ]
+    limits += [
+        f"a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)
+    ]
+    options = [_words(option, limits) for option in _options(field.annotation)]
+    return ", or ".join(options)
+
+
+def _words(option: Any, limits: Sequence[str]) -> str:
+    origin = typing.get_origin(option)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(option))
+    if origin is tuple:
+        inner = typing.get_args(option)[0]
+        if typing.get_origin(inner) is Literal:
+            return "a list of " + ", ".join(str(choice) for choice in typing.get_args(inner))
+        return "a list of texts"
+    plain = {
+        type(None): "none",
+        bool: "true or false",
+        str: "a text",
+        int: "a whole number",
+        float: "a number",
+    }[option]
+    return " ".join([plain, " and ".join(limits)]).strip() if option in (int, float) else plain
