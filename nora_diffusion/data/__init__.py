@@ -1,0 +1,1 @@
+"""Photos, prompts and their order; knows nothing of models."""

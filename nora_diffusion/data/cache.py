@@ -1,0 +1,86 @@
+"""Encoded pictures, computed once and kept on disk."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nora_diffusion.config import UserError
+from nora_diffusion.data.dataset import Item
+
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def encode_items(
+    items: Sequence[Item],
+    encode: Encode,
+    *,
+    resolution_px: int,
+    model: Mapping[str, str],
+    folder: Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Encode the pictures of all items, each once, taking what an earlier run left on disk.
+
+    Pictures are encoded one at a time: in a batch the last bits of a latent depend on its
+    neighbours, and a run would depend on what happened to be on disk.
+
+    Args:
+        items: the items; those with equal pixels are encoded once.
+        encode: (1, 3, H, W) pixels in [-1, 1] to (1, ...) latents.
+        resolution_px: side of the pictures.
+        model: what else the latents depend on, such as the encoder's hash and dtype.
+        folder: where encoded pictures are kept; None: nowhere.
+
+    Returns:
+        Latents without the batch axis, on the CPU, by ``Item.image_id``.
+
+    Raises:
+        UserError: naming the photo whose latents are not finite.
+    """
+    latents: dict[str, torch.Tensor] = {}
+    for item in items:
+        if item.image_id in latents:
+            continue
+        path = None if folder is None else _path(folder, item.image_id, resolution_px, model)
+        latent = None if path is None else _load(path)
+        if latent is None:
+            latent = encode(item.pixels(resolution_px)[None])[0].cpu().contiguous()
+            if not torch.isfinite(latent).all():
+                raise UserError(
+                    f"{item.photo.path}: the base model's encoding of it is not finite; "
+                    "try --model.dtype fp32, or remove the photo from its folder"
+                )
+            if path is not None:
+                _save(path, latent)
+        latents[item.image_id] = latent
+    return latents
+
+
+def _path(folder: Path, image_id: str, resolution_px: int, model: Mapping[str, str]) -> Path:
+    spec = json.dumps([image_id, resolution_px, sorted(model.items())])
+    return folder / f"{hashlib.sha256(spec.encode()).hexdigest()}.safetensors"
+
+
+def _load(path: Path) -> torch.Tensor | None:
+    """A kept tensor, or None where there is none that can be read."""
+    try:
+        return load_file(path)["latent"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _save(path: Path, latent: torch.Tensor) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latent": latent}, partial)
+        os.replace(partial, path)  # readers see a whole file or none
+    except (OSError, SafetensorError) as error:  # a full or read-only disk: the run can go on
+        partial.unlink(missing_ok=True)
+        warnings.warn(f"encoded pictures are not kept in {path.parent}: {error}", stacklevel=3)
