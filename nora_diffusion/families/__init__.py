@@ -1,0 +1,144 @@
+"""Model families: which there are, which one a base model belongs to, and loading one.
+
+The names can be read without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from nora_diffusion.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from nora_diffusion.families.base import Family
+
+FAMILIES = {"sd": "nora_diffusion.families.sd"}
+"""Family name to its module; the module's ``FAMILY`` is the class."""
+
+PIPELINES = {"StableDiffusionPipeline": "sd"}
+"""diffusers pipeline class to family name."""
+
+ASSETS = Path(__file__).parent.parent / "assets"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ALLOWED = (
+    '"mini", a Hugging Face id such as "owner/name", a diffusers folder or a .safetensors file'
+)
+
+
+def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
+    """Load a base model as a diffusers pipeline.
+
+    Args:
+        base: ``"mini"`` (built in), a Hugging Face id, a diffusers folder, or one .safetensors
+            file in the original Stable Diffusion layout (read without any download).
+        kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``, such as ``dtype``;
+            for a single SD 2.x file also ``prediction_type="epsilon" | "v_prediction"``, which is
+            otherwise found out from the weights.
+
+    Raises:
+        UserError: when there is no such base, or none of a family this package knows.
+    """
+    source = locate(base)
+    return family_class(detect_family(source)).load_pipeline(source, **kwargs)
+
+
+def load_family(
+    base: Any, *, family: str = "auto", dtype: torch.dtype, device: torch.device, **kwargs: Any
+) -> Family:
+    """Load a base model for training and sampling; arguments as for ``load_pipeline``.
+
+    Raises:
+        UserError: when there is no such base, or ``family`` does not fit it.
+    """
+    source = locate(base)
+    found = detect_family(source)
+    if family not in ("auto", found):
+        raise UserError(
+            f'model.family = "{family}": {base} is of family "{found}"; '
+            f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
+        )
+    loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
+    loaded.components.base = str(base)
+    return loaded
+
+
+def family_class(name: str) -> Any:
+    """The class of a family by its name.
+
+    Raises:
+        UserError: on an unknown name.
+    """
+    if name not in FAMILIES:
+        raise UserError(f'model.family = "{name}": use "auto" or one of {", ".join(FAMILIES)}')
+    return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+def locate(base: Any) -> str | Path:
+    """Where a base model is: a path on this machine, or the Hugging Face id itself.
+
+    Raises:
+        UserError: when ``base`` is none of the allowed kinds.
+    """
+    text = str(base)
+    shipped = ASSETS / text
+    if re.fullmatch(r"[\w-]+", text) and (shipped / "model_index.json").is_file():
+        return shipped
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(
+                f'model.base = "{text}": this folder has no model_index.json, so it is no '
+                f"diffusers pipeline; give {_ALLOWED}"
+            )
+        return path
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f'model.base = "{text}": only .safetensors files are read, because other formats '
+                "can run code when opened; convert the file, or use another download of the model"
+            )
+        return path
+    if text == "mini":
+        raise UserError('model.base = "mini": its weights are missing from this installation')
+    if _HUB_ID.fullmatch(text) and path.suffix != ".safetensors":
+        return text
+    raise UserError(f'model.base = "{text}": there is no such file or folder; give {_ALLOWED}')
+
+
+def detect_family(source: Any) -> str:
+    """Family name of a loaded pipeline, a located base model, or a single file.
+
+    Raises:
+        UserError: when its family is not supported or the hub cannot be reached.
+    """
+    if isinstance(source, Path) and source.is_file():
+        return importlib.import_module("nora_diffusion.families.single_file").detect_family(source)
+    if isinstance(source, str | Path):
+        class_name = _pipeline_class(source)
+    else:
+        class_name = type(source).__name__
+    if class_name not in PIPELINES:
+        raise UserError(
+            f"model.base = {str(source)!r}: it is a {class_name}; supported pipelines are "
+            f"{', '.join(PIPELINES)}"
+        )
+    return PIPELINES[class_name]
+
+
+def _pipeline_class(source: str | Path) -> str:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    try:
+        config = cast(dict[str, Any], DiffusionPipeline.load_config(str(source)))
+    except OSError as error:
+        raise UserError(
+            f'model.base = "{source}": neither on this machine nor found on the Hugging Face hub '
+            f"({str(error).splitlines()[0]}); give {_ALLOWED}"
+        ) from error
+    return str(config["_class_name"])
