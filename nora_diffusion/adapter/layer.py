@@ -1,0 +1,288 @@
+"""The adapted layers: ``W' = W + s U (P Q - P0 Q0) V`` beside a frozen base layer."""
+
+import math
+import warnings
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from . import base_weight
+from .config import NoraConfig, timestep_law
+from .outer import OuterFactors
+from .state import NoraState
+
+
+class NoraLayer(NoraState):
+    """Forward pass, merging and export, common to the adapted layer types."""
+
+    # ---- the update ------------------------------------------------------------------------------
+
+    def core(self, adapter_name: str, progress: Tensor | None = None) -> Tensor:
+        """Return ``s (P Q - P0 Q0)``: ``(r, r)``, or ``(B, r, r)`` under a timestep law.
+
+        Args:
+            adapter_name: The adapter.
+            progress: ``t / T (B,)`` in [0, 1]; used only if the adapter has `timestep_rank`.
+        """
+        P, Q = self.nora_inner_B[adapter_name], self.nora_inner_A[adapter_name]
+        law = timestep_law(self.nora_config[adapter_name])
+        active = None
+        if law is not None and progress is not None:
+            # T-LoRA (arXiv 2507.05964, eq. 5): noisier samples see fewer inner dimensions.
+            alpha, k_min = law
+            k = P.shape[1]
+            k_min = min(k_min, k)
+            clean = 1 - progress.to(device=P.device, dtype=torch.float32).clamp(0, 1)
+            # The small term keeps floor() from losing a whole dimension to rounding.
+            k_active = torch.floor(clean**alpha * (k - k_min) + 1e-4) + k_min
+            active = (torch.arange(k, device=P.device) < k_active[:, None, None]).to(P.dtype)
+        if adapter_name not in self.nora_initial_A:
+            core = (P if active is None else P * active) @ Q
+        else:
+            # P Q - P0 Q0 without the cancellation: exactly zero at the start in every precision.
+            P0, Q0 = self.nora_initial_B[adapter_name], self.nora_initial_A[adapter_name]
+            moved = P - P0
+            if active is not None:
+                moved, P0 = moved * active, P0 * active
+            core = moved @ Q + P0 @ (Q - Q0)
+        return core * self.scaling[adapter_name]
+
+    def _updates(self) -> list[tuple[OuterFactors, float, Tensor]]:
+        """Collect ``(outer pair, dropout, core)``; adapters on one pair sum their small cores."""
+        updates: list[tuple[OuterFactors, float, Tensor]] = []
+        for name in self._present(self.active_adapters):
+            if self.scaling[name] == 0:
+                continue
+            self.derive_factors(name)
+            outer, core = self.outer(name), self.core(name, self._progress)
+            dropout = self.nora_config[name].dropout if self.training else 0.0
+            for index, (other, p, summed) in enumerate(updates):
+                if other is outer and p == dropout:
+                    updates[index] = (outer, dropout, summed + core)
+                    break
+            else:
+                updates.append((outer, dropout, core))
+        return updates
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and add the updates of the active adapters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for outer, dropout, core in self._updates():
+            # Right to left, so that the product (out, in) is never formed. V is frozen, so backward
+            # needs x V^T and not x: it is the factors that are cast to the input's dtype, never the
+            # input, and dropout falls on the hidden features.
+            hidden = self._project_in(x, outer.outer_A.to(x.dtype))
+            if dropout > 0:
+                hidden = F.dropout(hidden, dropout)
+            hidden = self._mix(hidden, core.to(hidden.dtype))
+            update = self._project_out(hidden, outer.outer_B.to(hidden.dtype))
+            result = result + update.to(result.dtype)
+        return result
+
+    @abstractmethod
+    def _project_in(self, x: Tensor, V: Tensor) -> Tensor:
+        """Map an input to the ``r`` hidden features."""
+
+    @abstractmethod
+    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+        """Apply the core ``(r, r)``, or one ``(B, r, r)`` of its own to every sample."""
+
+    @abstractmethod
+    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
+        """Map the hidden features to the layer's output."""
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update in the base weight's layout and the inner pair's dtype.
+
+        Under a timestep law it is taken at the full inner rank.
+        """
+        return self._from_matrix(self._delta_matrix(adapter)).to(self.nora_inner_B[adapter].dtype)
+
+    @torch.no_grad()
+    def _delta_matrix(self, adapter: str) -> Tensor:
+        """The update ``(out, in)`` in float32."""
+        lora_A, lora_B = self._lora_matrices(adapter)
+        return lora_B @ lora_A
+
+    @torch.no_grad()
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the exact LoRA pair ``(lora_A, lora_B)`` with ``lora_B lora_A`` the update.
+
+        No truncation and no SVD: ``lora_A = [Q; Q0] V`` and ``lora_B = s U [P, -P0]``, float32, of
+        rank ``k`` where ``P0 = 0`` and ``2k`` otherwise. The scale is inside (alpha equals rank).
+
+        Returns:
+            ``(rank, in)`` and ``(out, rank)``; of a convolution ``(rank, in, kh, kw)`` and
+            ``(out, rank, 1, 1)``.
+        """
+        return self._lora_matrices(adapter)
+
+    def _lora_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        self.derive_factors(adapter)
+        outer = self.outer(adapter)
+        left, right = self.nora_inner_B[adapter].float(), self.nora_inner_A[adapter].float()
+        if adapter in self.nora_initial_A:
+            left = torch.cat([left, -self.nora_initial_B[adapter].float()], dim=1)
+            right = torch.cat([right, self.nora_initial_A[adapter].float()], dim=0)
+        lora_B = self.scaling[adapter] * (outer.outer_B.float() @ left)
+        return right @ outer.outer_A.float(), lora_B
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT that the method is additive."""
+        return True
+
+    # ---- merging ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of adapters to the base weight, at the full inner rank.
+
+        A copy of the original weight is kept on the CPU until `unmerge`.
+
+        Args:
+            safe_merge: Check the merged weight for NaN and infinity before it is written.
+            adapter_names: Adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: The merged weight is not finite.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        if self._backup and not base_weight.is_intact(self, self._backup):
+            self._backup = None  # another adapter was merged in between: there is no way back to it
+        original = self._backup.weight if self._backup else self.get_base_weight()
+        # From the original in one sum, so that several merges round only once.
+        added = [*self.merged_adapters, *names] if self._backup else names
+        merged = self._plus_deltas(original, added, 1.0)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                "broken"
+            )
+        if self._backup is None and not self.merged:
+            self._backup = base_weight.take_backup(self)
+        base_weight.write(self, merged)
+        if self._backup:
+            self._backup.checksum = base_weight.checksum(self)
+        self.merged_adapters += names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight from the copy, to the last bit.
+
+        If something else has changed the weight since the merge, the updates are subtracted.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._backup and base_weight.is_intact(self, self._backup):
+            base_weight.restore(self, self._backup)
+        else:
+            names = self._present(self.merged_adapters)
+            base_weight.write(self, self._plus_deltas(self.get_base_weight(), names, -1.0))
+        self._backup = None
+        self.merged_adapters.clear()
+
+    def _plus_deltas(self, weight: Tensor, names: list[str], sign: float) -> Tensor:
+        """``weight + sign * sum of updates``, summed in float32, on the base layer's device."""
+        device, _ = self._device_and_dtype()
+        total = weight.to(device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for name in names:
+            total = total + sign * self._from_matrix(self._delta_matrix(name)).to(device)
+        return total.to(weight.dtype)
+
+    # ---- text ------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """One line an adapter: ranks, scale, basis, init and what is trained."""
+        lines: list[str] = []
+        if self.quantization_backend is not None:
+            lines.append(f"quantization_backend={self.quantization_backend.backend_name!r}")
+        for name, config in self.nora_config.items():
+            trained = 2 * self.r[name] * self.inner_r[name]
+            state = "merged" if name in self.merged_adapters else ""
+            state = state or ("active" if name in self.active_adapters else "inactive")
+            lines.append(
+                f"[{name}] r={self.r[name]}, inner_r={self.inner_r[name]}, "
+                f"scaling={self.scaling[name]:g}, basis={config.basis}, init={config.init}, "
+                f"{trained} parameters, {state}"
+            )
+        return "\n".join(lines)
+
+
+class Linear(NoraLayer):
+    """NoRA on `torch.nn.Linear`, on GPT-2's `Conv1D`, and on quantised linear layers."""
+
+    def _project_in(self, x: Tensor, V: Tensor) -> Tensor:
+        return F.linear(x, V)
+
+    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+        if core.ndim == 2:
+            return F.linear(hidden, core)
+        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        return torch.bmm(rows, _a_core_each(core, rows).mT).reshape(hidden.shape)
+
+    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
+        return F.linear(hidden, U)
+
+
+class Conv2d(NoraLayer):
+    """NoRA on `torch.nn.Conv2d`: ``V`` is a convolution with ``r`` outputs, ``U`` a 1x1 one."""
+
+    def _conv(self) -> Any:
+        return self.get_base_layer()
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        rows, *columns = self._conv().weight.shape
+        return rows, math.prod(columns)
+
+    def _to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self._conv().weight.shape)
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """See `NoraLayer.lora_factors`."""
+        lora_A, lora_B = super().lora_factors(adapter)
+        return lora_A.reshape(-1, *self._conv().weight.shape[1:]), lora_B[:, :, None, None]
+
+    def _project_in(self, x: Tensor, V: Tensor) -> Tensor:
+        conv = self._conv()
+        # The base layer's own method, for its stride, dilation and every padding mode.
+        return conv._conv_forward(x, V.reshape(-1, *conv.weight.shape[1:]), None)
+
+    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+        if core.ndim == 2:
+            return F.conv2d(hidden, core[:, :, None, None])
+        pixels = hidden.flatten(2)
+        return torch.bmm(_a_core_each(core, pixels), pixels).reshape(hidden.shape)
+
+    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
+        return F.conv2d(hidden, U[:, :, None, None])
+
+
+def _a_core_each(core: Tensor, samples: Tensor) -> Tensor:
+    """Match cores ``(B, r, r)`` to the samples of a batch; a single core serves them all."""
+    if core.shape[0] not in (1, samples.shape[0]):
+        raise ValueError(
+            f"set_progress was given {core.shape[0]} values for a batch of {samples.shape[0]} "
+            "samples; give one per sample, in the order of the batch"
+        )
+    return core.expand(samples.shape[0], -1, -1)
