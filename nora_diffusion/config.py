@@ -9,16 +9,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
+from nora_diffusion.schema import Section, get_key, list_keys, setting
 from nora_diffusion.settings import (
     ConfigError,
-    Section,
     UserError,
     apply_overrides,
-    get_key,
-    list_keys,
     quote,
     read_toml,
-    setting,
     to_toml,
     validate,
 )

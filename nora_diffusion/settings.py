@@ -3,18 +3,16 @@
 import difflib
 import json
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import tomli_w
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from nora_diffusion.schema import Key, element_type, list_keys, nullable
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -35,101 +33,6 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{count} in {source}:" + "".join(f"\n  {line}" for line in problems))
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict; ``"none"`` spells None, which TOML lacks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_none(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cls.model_fields
-        return {
-            name: None if value == "none" and name in fields and _nullable(fields[name]) else value
-            for name, value in cast(dict[str, Any], data).items()
-        }
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    unit: str | None = None,
-    resume: bool = False,
-    allowed: str | None = None,
-    **limits: Any,
-) -> Any:
-    """Declare one key of a section.
-
-    Args:
-        default: its value where nobody gives one; ``...`` makes the key required.
-        help: one sentence for ``--help``, the reference page and form fields.
-        unit: unit of a number.
-        resume: whether the key may change when a run is resumed.
-        allowed: what is allowed, where the type and ``limits`` do not say it well.
-        limits: pydantic's ``ge gt le lt multiple_of min_length strict``.
-    """
-    extra: dict[str, Any] = {"unit": unit, "resume": resume, "allowed": allowed}
-    return Field(default, description=help, json_schema_extra=extra, **limits)
-
-
-@dataclass(frozen=True)
-class Key:
-    """What help texts, reference pages and forms need to know about one key.
-
-    Attributes:
-        name: ``section.key``.
-        section: the section's class.
-        required: whether it has no default.
-        default: the default, or None where it is required.
-        help: one sentence.
-        allowed: the values it takes, in words.
-        unit: unit of a number, or None.
-        resume: whether it may change when a run is resumed.
-    """
-
-    name: str
-    section: type[BaseModel]
-    field: FieldInfo
-    required: bool
-    default: Any
-    help: str
-    allowed: str
-    unit: str | None
-    resume: bool
-
-
-def list_keys(schema: type[BaseModel]) -> tuple[Key, ...]:
-    """All keys of a schema, in its order."""
-    keys: list[Key] = []
-    for section_name, section_field in schema.model_fields.items():
-        section = cast(type[BaseModel], section_field.annotation)
-        for name, field in section.model_fields.items():
-            extra = cast(dict[str, Any], field.json_schema_extra)
-            keys.append(
-                Key(
-                    name=f"{section_name}.{name}",
-                    section=section,
-                    field=field,
-                    required=field.is_required(),
-                    default=None if field.default is PydanticUndefined else field.default,
-                    help=field.description or "",
-                    allowed=extra["allowed"] or _allowed(field),
-                    unit=extra["unit"],
-                    resume=extra["resume"],
-                )
-            )
-    return tuple(keys)
-
-
-def get_key(config: BaseModel, name: str) -> Any:
-    """The value of ``section.key``."""
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
 
 
 def quote(value: Any) -> str:
@@ -238,9 +141,9 @@ def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 def _convert(key: Key, texts: Sequence[str]) -> Any:
     """Texts from the command line as the key's type; what does not convert stays text."""
     text = texts[-1]
-    if text == "none" and _nullable(key.field):
+    if text == "none" and nullable(key.field):
         return None
-    element = _element(key.field)
+    element = element_type(key.field)
     if text.startswith("{") or (element is not None and text.startswith("[")):
         try:
             return tomllib.loads(f"value = {text}")["value"]
@@ -272,8 +175,10 @@ def _explain(
         shown = "" if len(location) == 1 else f" = {quote(given)}"
         return f"{name}{shown}: {_unknown(schema, name)}"
     if details["type"] == "missing" and len(location) == 1:
-        required = [key.name for key in list_keys(schema) if key.required]
-        return f"{name}: missing; give {', '.join(r for r in required if r.startswith(name))}"
+        required = {key.name for key in list_keys(schema) if key.required}
+        return (
+            f"{name}: missing; give {', '.join(k for k in _keys_of(schema, name) if k in required)}"
+        )
     if details["type"] == "missing" and len(location) == 2:
         field = next(key for key in list_keys(schema) if key.name == name)
         return f"{name}: missing; give it as --{name} ({field.help.rstrip('.')})"
@@ -288,7 +193,7 @@ def _unknown(schema: type[BaseModel], name: str) -> str:
     keys = [key.name for key in list_keys(schema)]
     sections = list(schema.model_fields)
     if name in sections:
-        return f"a section, not a key; its keys: {', '.join(k for k in keys if k.startswith(name))}"
+        return f"a section, not a key; its keys: {', '.join(_keys_of(schema, name))}"
     near = difflib.get_close_matches(name, keys + sections, n=1, cutoff=0.7)
     if not near:  # the right key without its section, or in the wrong one
         last = {key.split(".")[1]: key for key in reversed(keys)}
@@ -297,9 +202,12 @@ def _unknown(schema: type[BaseModel], name: str) -> str:
         return f"unknown; did you mean {near[0]}?"
     section = name.split(".")[0]
     if section in sections:
-        names = [key.split(".")[1] for key in keys if key.startswith(f"{section}.")]
-        return f"unknown; keys of [{section}]: {', '.join(names)}"
+        return f"unknown; the keys there: {', '.join(_keys_of(schema, section))}"
     return f"unknown; sections: {', '.join(sections)}"
+
+
+def _keys_of(schema: type[BaseModel], section: str) -> list[str]:
+    return [key.name for key in list_keys(schema) if key.name.startswith(f"{section}.")]
 
 
 def _spelled(value: Any) -> Any:
@@ -311,56 +219,3 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spelled(item) for item in cast(Sequence[Any], value)]
     return value
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation itself."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _nullable(field: FieldInfo) -> bool:
-    return type(None) in _options(field.annotation)
-
-
-def _element(field: FieldInfo) -> Any | None:
-    """Type of a list's elements, or None where the field is no list."""
-    for option in _options(field.annotation):
-        if typing.get_origin(option) is tuple:
-            return typing.get_args(option)[0]
-    return None
-
-
-def _allowed(field: FieldInfo) -> str:
-    """The values a field takes, in words."""
-    limits = [
-        f"{sign} {getattr(limit, name):g}"
-        for kind, name, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
-        for limit in field.metadata
-        if isinstance(limit, kind)
-    ]
-    limits += [
-        f"a multiple of {m.multiple_of}" for m in field.metadata if isinstance(m, MultipleOf)
-    ]
-    options = [_words(option, limits) for option in _options(field.annotation)]
-    return ", or ".join(options)
-
-
-def _words(option: Any, limits: Sequence[str]) -> str:
-    origin = typing.get_origin(option)
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(option))
-    if origin is tuple:
-        inner = typing.get_args(option)[0]
-        if typing.get_origin(inner) is Literal:
-            return "a list of " + ", ".join(str(choice) for choice in typing.get_args(inner))
-        return "a list of texts"
-    plain = {
-        type(None): "none",
-        bool: "true or false",
-        str: "a text",
-        int: "a whole number",
-        float: "a number",
-    }[option]
-    return " ".join([plain, " and ".join(limits)]).strip() if option in (int, float) else plain

@@ -1,5 +1,6 @@
 """Encoded pictures, computed once and kept on disk."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,16 +51,26 @@ def encode_items(
         path = None if folder is None else _path(folder, item.image_id, resolution_px, model)
         latent = None if path is None else _load(path)
         if latent is None:
-            latent = encode(item.pixels(resolution_px)[None])[0].cpu().contiguous()
-            if not torch.isfinite(latent).all():
-                raise UserError(
-                    f"{item.photo.path}: the base model's encoding of it is not finite; "
-                    "try --model.dtype fp32, or remove the photo from its folder"
-                )
+            latent = _encode(item, encode, resolution_px)
             if path is not None:
                 _save(path, latent)
         latents[item.image_id] = latent
     return latents
+
+
+def _encode(item: Item, encode: Encode, resolution_px: int) -> torch.Tensor:
+    pixels = item.pixels(resolution_px)[None]
+    try:
+        latent = encode(pixels)[0].cpu().contiguous()
+        if torch.isfinite(latent).all():
+            return latent
+        reason = "the result is not finite"
+    except ValueError as error:  # what encoders raise on such a result themselves
+        reason = str(error)
+    raise UserError(
+        f"{item.photo.path}: the base model cannot encode it ({reason}); "
+        "try --model.dtype fp32, or remove the photo from its folder"
+    )
 
 
 def _path(folder: Path, image_id: str, resolution_px: int, model: Mapping[str, str]) -> Path:
@@ -80,7 +91,10 @@ def _save(path: Path, latent: torch.Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"latent": latent}, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)  # readers see a whole file or none
     except (OSError, SafetensorError) as error:  # a full or read-only disk: the run can go on
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         warnings.warn(f"encoded pictures are not kept in {path.parent}: {error}", stacklevel=3)

@@ -1,0 +1,203 @@
+"""The commands ``nora-dreambooth`` and ``nora``; whatever is heavy is imported inside them."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nora_diffusion import __version__, commands
+from nora_diffusion.config import (
+    RUN_CONFIG,
+    ConfigError,
+    DreamboothConfig,
+    UserError,
+    load_config,
+    load_run,
+    shipped_configs,
+)
+from nora_diffusion.schema import list_keys
+from nora_diffusion.settings import quote, to_toml
+
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+
+
+def main_dreambooth(argv: Sequence[str] | None = None) -> int:
+    """``nora-dreambooth CONFIG [--section.key value ...] [--dry-run] [--resume DIR]``."""
+    return _guard("nora-dreambooth", _dreambooth, sys.argv[1:] if argv is None else argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``nora COMMAND ...``: what is done with a finished adapter."""
+    return _guard("nora", commands.run, sys.argv[1:] if argv is None else argv)
+
+
+def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; what the user can act on ends in one message, not in a stack trace."""
+    try:
+        return command(argv)
+    except KeyboardInterrupt as stop:
+        print(f"\n{prog}: {stop or 'stopped'}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        if type(error).__name__ == "OutOfMemoryError":
+            print(_MEMORY_CURES, file=sys.stderr)
+        return code
+
+
+_MEMORY_CURES = (
+    "The GPU's memory is full. Try, in this order: --model.dtype bf16, "
+    "--train.gradient_checkpointing true, --train.batch_size 1, a smaller --data.resolution_px."
+)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code for an error that needs no stack trace, else None."""
+
+    def raised(module: str, name: str) -> bool:
+        # Looked up only where it can have been raised: these modules stand beside torch.
+        return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
+
+    if isinstance(error, UserError | OSError):
+        return USER_ERROR
+    if raised("nora_diffusion.adapter.header", "AdapterFileError"):
+        return USER_ERROR
+    if raised("nora_diffusion.train.common", "TrainingDiverged"):
+        return FAILED
+    return FAILED if raised("torch", "OutOfMemoryError") else None
+
+
+def _dreambooth(argv: Sequence[str]) -> int:
+    argv, overrides = _part_overrides(argv)
+    args, unknown = _dreambooth_parser().parse_known_args(argv)
+    overrides += unknown
+    config, resume = _settle(args.config, args.resume, overrides)
+    if args.dry_run:
+        return _dry_run(config)
+
+    from nora_diffusion.train import dreambooth
+
+    try:
+        dreambooth.run(config, resume=resume)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or f"stopped; {_how_to_resume(config)}") from None
+    return 0
+
+
+def _dreambooth_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nora-dreambooth",
+        usage="%(prog)s CONFIG [--section.key value ...] [--dry-run] [--resume DIR]",
+        description="Teach a diffusion model your subject from 1 to 20 photos.",
+        epilog='Lists: repeat the flag, or give a TOML array. "none" unsets a key that allows it.',
+        allow_abbrev=False,
+    )
+    names = ", ".join(shipped_configs())
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help=f"a TOML file, or a shipped config: {names}"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved settings and stop"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue the run in DIR with its own settings; start one there if there is none",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    groups: dict[type, Any] = {}
+    for key in list_keys(DreamboothConfig):
+        if key.section not in groups:
+            title = f"[{key.name.split('.')[0]}]"
+            groups[key.section] = parser.add_argument_group(title, key.section.__doc__)
+        default = "required" if key.required else f"default {quote(key.default)}"
+        text = f"{key.help} ({key.allowed}; {default})"
+        groups[key.section].add_argument(f"--{key.name}", metavar="V", help=text.replace("%", "%%"))
+    return parser
+
+
+def _part_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``--section.key value`` from the rest.
+
+    argparse knows these flags for its help only: it stops at the first bad one, and would take
+    the value of an unknown one for CONFIG.
+    """
+    rest: list[str] = []
+    overrides: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, _ = token.partition("=")
+        if not name.startswith("--") or "." not in name:
+            rest.append(token)
+            continue
+        overrides.append(token)
+        if not equals and tokens and not tokens[0].startswith("--"):
+            overrides.append(tokens.pop(0))
+    return rest, overrides
+
+
+def _settle(
+    source: str | None, resume: str | None, overrides: list[str]
+) -> tuple[DreamboothConfig, bool]:
+    """The config to train with, and whether it continues a run."""
+    if resume is not None and (Path(resume) / RUN_CONFIG).is_file():
+        config = load_run(resume, overrides)
+        if source is not None:
+            own = Path(resume) / RUN_CONFIG
+            print(f"resuming with the run's own settings ({own}), not {source}", file=sys.stderr)
+        return config, True
+    if source is None:
+        names = ", ".join(shipped_configs())
+        where = "" if resume is None else f" ({resume} holds no {RUN_CONFIG} to resume from)"
+        raise ConfigError(
+            [f"CONFIG: missing{where}; give a TOML file or a shipped config: {names}"],
+            "the command line",
+        )
+    if resume is not None:
+        overrides = [*overrides, f"output.dir={resume}"]
+    config = load_config(source, overrides)
+    _refuse_used_folder(Path(config.output.dir), resume is not None)
+    return config, False
+
+
+def _refuse_used_folder(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
+    # The config is the first file of a run; what its writer left behind when killed is no content.
+    partial = f".{RUN_CONFIG}."
+    if not folder.exists() or all(path.name.startswith(partial) for path in folder.iterdir()):
+        return
+    if (folder / RUN_CONFIG).is_file():
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: already holds a run; continue it with "
+            f"--resume {shlex.quote(str(folder))}, or give another --output.dir"
+        )
+    what = "--resume" if resume else "output.dir ="
+    raise UserError(
+        f"{what} {quote(str(folder))}: holds other files and no run; give an empty or new folder"
+    )
+
+
+def _dry_run(config: DreamboothConfig) -> int:
+    """Print the config as TOML, and as comments what the run would find."""
+    from nora_diffusion.data.images import describe_skipped, read_photos
+
+    print(to_toml(config))
+    photos, skipped = read_photos(config.data.subject)
+    summary = f"{len(photos)} photos in {config.data.subject}"
+    if skipped:
+        summary += f"; {len(skipped)} other files skipped:\n{describe_skipped(skipped)}"
+    print("\n".join(f"# {line}" for line in summary.splitlines()))
+    return 0
+
+
+def _how_to_resume(config: DreamboothConfig) -> str:
+    if not (Path(config.output.dir) / RUN_CONFIG).is_file():
+        return "nothing had been written yet"
+    return f"continue with: nora-dreambooth --resume {shlex.quote(config.output.dir)}"

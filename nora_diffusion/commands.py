@@ -1,0 +1,163 @@
+"""The commands under ``nora``: what is done with adapters and base models outside of training."""
+
+import argparse
+import json
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nora_diffusion import __version__
+from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.schema import list_keys
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse and run one ``nora`` command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nora",
+        description="Use adapters: make pictures, convert, inspect.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    where = "run folder or adapter file"
+    sample = command("sample", _sample, "make pictures with an adapter")
+    sample.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    sample.add_argument(
+        "prompts", metavar="PROMPT", nargs="+", help="{trigger} and {class_name} are filled in"
+    )
+    sample.add_argument("--n", type=_positive, default=4, help="pictures a prompt (default 4)")
+    sample.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
+    sample.add_argument(
+        "--out", default="samples", help="folder for the pictures (default samples)"
+    )
+    sample.add_argument("--steps", type=_positive, help="denoising steps (default 25)")
+    sample.add_argument("--guidance", type=float, help="guidance scale (default 5)")
+    sample.add_argument("--negative-prompt", help="what the pictures should not show")
+    sample.add_argument("--weight", type=float, default=1.0, help="of the adapter (default 1)")
+    sample.add_argument("--width", type=_positive, help="in px (default: the base model's own)")
+    sample.add_argument("--height", type=_positive, help="in px (default: the base model's own)")
+    sample.add_argument("--device", choices=_choices("model.device"), default="auto")
+
+    export = command("export", _export, "write an adapter as an exact LoRA for other programs")
+    export.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    export.add_argument("--out", required=True, help="file, or folder for the peft layout")
+    export.add_argument(
+        "--layout",
+        choices=("diffusers", "kohya", "peft"),
+        default="diffusers",
+        help="kohya: also for A1111 and ComfyUI (default diffusers)",
+    )
+    for subparser in (sample, export):
+        subparser.add_argument("--base", help="base model (default: the one it was trained on)")
+        subparser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format")
+
+    info = command("info", _info, "show what an adapter file says of itself")
+    info.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    info.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    targets = command("targets", _targets, "list what can be adapted in a base model")
+    targets.add_argument("base", metavar="BASE", nargs="?", default="mini", help="(default mini)")
+    targets.add_argument("--r", type=_positive, default=64, help="outer rank (default 64)")
+    targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
+    targets.add_argument("--modules", action="store_true", help="name every module")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """The choices of a key of the schema."""
+    key = next(key for key in list_keys(DreamboothConfig) if key.name == name)
+    return typing.get_args(key.field.annotation)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from nora_diffusion.sampling import sample_to_folder
+
+    files = sample_to_folder(
+        args.source,
+        args.prompts,
+        args.out,
+        n=args.n,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        negative_prompt=args.negative_prompt,
+        base=args.base,
+        weight=args.weight,
+        width=args.width,
+        height=args.height,
+        device=args.device,
+        dtype=args.dtype or "auto",
+    )
+    print("\n".join(str(file) for file in files))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nora_diffusion import adapter_info, export_lora
+    from nora_diffusion.sampling import adapter_path
+
+    path = adapter_path(args.source)
+    base = args.base or adapter_info(path).get("base")
+    if not base:
+        raise UserError(f"{path}: it does not name its base model; give one with --base")
+    print(export_lora(path, args.out, layout=args.layout, base=base, dtype=args.dtype) or args.out)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from nora_diffusion import adapter_info
+    from nora_diffusion.sampling import adapter_path
+
+    info = adapter_info(adapter_path(args.source))
+    if args.json:
+        print(json.dumps(info, indent=2, default=str))
+        return 0
+    for name, value in info.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
+        print(f"{name:21} {value}")
+    return 0
+
+
+def _targets(args: argparse.Namespace) -> int:
+    """Print a line for each of ``adapter.targets`` and for the text encoders."""
+    import torch
+
+    from nora_diffusion.families import load_family
+
+    family = load_family(args.base, dtype=torch.float32, device=torch.device("cpu"))
+    parts = family.components
+    rows = [(name, parts.denoiser, endings) for name, endings in family.targets.items()]
+    rows += [(name, module, family.text_targets) for name, module in parts.text_encoders.items()]
+    print(f"{'target':14} {'modules':>7} {'trained at r ' + str(args.r):>18}   names end with")
+    for name, model, endings in rows:
+        found = {
+            path: min(args.r, module.weight.shape[0], module.weight[0].numel())
+            for path, module in model.named_modules()
+            if path.endswith(tuple(f".{e}" for e in endings)) or path in endings
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        }
+        trained = sum(2 * r * min(args.inner_r, r) for r in found.values())
+        print(f"{name:14} {len(found):7} {trained:18,}   {', '.join(endings)}")
+        if args.modules:
+            print("".join(f"    {path}\n" for path in found), end="")
+    return 0
