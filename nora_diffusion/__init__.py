@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     """
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Every public name works on NoRA layers or files, so the PEFT type is registered with the first.
+    # Every public name works on NoRA layers or files, so the first of them registers the PEFT type.
     importlib.import_module("nora_diffusion.adapter")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value

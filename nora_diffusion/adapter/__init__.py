@@ -12,6 +12,7 @@ from .factors import Factors, cached_factors, factorise, factorise_many, fingerp
 from .layer import Conv2d, Linear, NoraLayer
 from .model import NoraModel, deferred_factors, derive_factors, iter_nora_layers
 from .peft_type import NORA
+from .statistics import fit_basis
 
 __all__ = [
     "NORA",
@@ -27,6 +28,7 @@ __all__ = [
     "factorise",
     "factorise_many",
     "fingerprint",
+    "fit_basis",
     "iter_nora_layers",
 ]
 

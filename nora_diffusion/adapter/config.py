@@ -131,8 +131,8 @@ def timestep_law(config: NoraConfig) -> tuple[float, int] | None:
     known = set(fields) <= {"alpha", "k_min"}
     if not known or not _is_number(alpha) or not _is_int(k_min) or alpha < 0 or k_min < 0:
         raise ValueError(
-            "`timestep_rank` must be None, an exponent of at least 0, or a dict with `alpha` and an "
-            f"optional integer `k_min` of at least 0, got {given!r}"
+            "`timestep_rank` must be None, an exponent of at least 0, or a dict with `alpha` and "
+            f"an optional integer `k_min` of at least 0, got {given!r}"
         )
     if k_min > config.inner_r:
         raise ValueError(

@@ -51,7 +51,7 @@ class Factors:
 
 
 def fingerprint(weight: Tensor) -> str:
-    """Return a SHA-256 hex digest over the dtype's name, the shape and every raw byte of a weight."""
+    """Return a SHA-256 hex digest over a weight's dtype, shape and every raw byte."""
     data = weight.detach().to("cpu").contiguous()
     name = str(data.dtype).removeprefix("torch.")
     digest = hashlib.sha256(f"{name}{tuple(data.shape)}".encode())
@@ -132,4 +132,5 @@ def _entry(fingerprint: str, r: int, basis: str, seed: int) -> Path | None:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256("".join(fingerprint(tensors[name]) for name in _TENSORS).encode()).hexdigest()
+    digests = "".join(fingerprint(tensors[name]) for name in _TENSORS)
+    return hashlib.sha256(digests.encode()).hexdigest()

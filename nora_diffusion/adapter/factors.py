@@ -1,10 +1,10 @@
 """Outer factors: a deterministic truncated factorisation of a frozen weight.
 
-``U`` (`outer_B`) and ``V`` (`outer_A`) are never stored in a compact adapter file, so they must come
-out the same wherever the same weight bytes are found: float64, a start matrix from a counter-based
-generator, canonical signs and a canonical basis inside any cluster of equal singular values.
-On a slowly decaying spectrum the last vectors are an approximation of the weight's own singular
-vectors, but a deterministic one, and ``U^T W = diag(s) V`` holds by construction all the same.
+``U`` (`outer_B`) and ``V`` (`outer_A`) are never stored in a compact adapter file, so they must
+come out the same wherever the same weight bytes are found: float64, a start matrix from a
+counter-based generator, canonical signs and a canonical basis inside any cluster of equal singular
+values. On a slowly decaying spectrum the last vectors are an approximation of the weight's own
+singular vectors, but a deterministic one, and ``U^T W = diag(s) V`` holds by construction.
 """
 
 import math
@@ -85,8 +85,8 @@ def factorise(
         orthonormal rows `outer_A` ``(r, in)``, `singular_values` ``(r,)`` in descending order.
 
     Raises:
-        ValueError: The weight is not a matrix or holds NaN or infinity, `r` is below 1, the basis is
-            unknown, or its statistics are missing or have the wrong shape.
+        ValueError: The weight is not a matrix or holds NaN or infinity, `r` is below 1, the basis
+            is unknown, or its statistics are missing or have the wrong shape.
     """
     _check_arguments(weight, r, basis, statistics)
     r = min(r, *weight.shape)
@@ -208,7 +208,7 @@ def _outer_basis(
     if basis == "weight":
         return _singular_triplets(matrix, r, seed)
     if basis == "weight_minor":
-        # The smallest singular vectors have no cheap iteration that a rank-deficient weight survives.
+        # The last singular vectors have no cheap iteration that a rank-deficient weight survives.
         left, values, right = _singular_triplets(matrix, min(rows, columns), seed)
         return left[:, -r:], values[-r:], right[-r:]
     if basis == "random":
@@ -279,7 +279,7 @@ def _dominant_subspace(matrix: Tensor, columns: int, seed: int) -> Tensor:
 
 
 def _orthonormalise(block: Tensor) -> tuple[Tensor, Tensor]:
-    """QR by Cholesky, several times faster than Householder on tall blocks, which is the fallback."""
+    """QR by Cholesky, several times faster on tall blocks than Householder, its fallback."""
     cholesky, info = torch.linalg.cholesky_ex(block.mT @ block)
     pivots = cholesky.diagonal()
     # Beyond a condition number of about 1e6 the Gram matrix has lost most of float64's digits.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import base_weight
-from .config import NoraConfig, timestep_law
+from .config import timestep_law
 from .outer import OuterFactors
 from .state import NoraState
 
@@ -103,6 +103,14 @@ class NoraLayer(NoraState):
     def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
         """Map the hidden features to the layer's output."""
 
+    @abstractmethod
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Turn an input into rows of features ``(N, features)``, for `fit_basis`."""
+
+    def per_column(self, features: Tensor) -> Tensor:
+        """Spread values of input features ``(features,)`` over the matrix's columns ``(in,)``."""
+        return features
+
     # ---- weights ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -111,7 +119,7 @@ class NoraLayer(NoraState):
 
         Under a timestep law it is taken at the full inner rank.
         """
-        return self._from_matrix(self._delta_matrix(adapter)).to(self.nora_inner_B[adapter].dtype)
+        return self.from_matrix(self._delta_matrix(adapter)).to(self.nora_inner_B[adapter].dtype)
 
     @torch.no_grad()
     def _delta_matrix(self, adapter: str) -> Tensor:
@@ -204,7 +212,7 @@ class NoraLayer(NoraState):
         device, _ = self._device_and_dtype()
         total = weight.to(device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name in names:
-            total = total + sign * self._from_matrix(self._delta_matrix(name)).to(device)
+            total = total + sign * self.from_matrix(self._delta_matrix(name)).to(device)
         return total.to(weight.dtype)
 
     # ---- text ------------------------------------------------------------------------------------
@@ -229,6 +237,10 @@ class NoraLayer(NoraState):
 class Linear(NoraLayer):
     """NoRA on `torch.nn.Linear`, on GPT-2's `Conv1D`, and on quantised linear layers."""
 
+    def input_rows(self, x: Tensor) -> Tensor:
+        """See `NoraLayer.input_rows`."""
+        return x.reshape(-1, x.shape[-1])
+
     def _project_in(self, x: Tensor, V: Tensor) -> Tensor:
         return F.linear(x, V)
 
@@ -252,11 +264,21 @@ class Conv2d(NoraLayer):
         rows, *columns = self._conv().weight.shape
         return rows, math.prod(columns)
 
-    def _to_matrix(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Unfold the kernel: ``(out, in * kh * kw)``."""
         return weight.flatten(1)
 
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Undo `as_matrix`."""
         return matrix.reshape(self._conv().weight.shape)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """See `NoraLayer.input_rows`; the features are the channels."""
+        return x.movedim(-3, -1).reshape(-1, x.shape[-3])
+
+    def per_column(self, features: Tensor) -> Tensor:
+        """See `NoraLayer.per_column`."""
+        return features.repeat_interleave(self.in_features // features.shape[0])
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """See `NoraLayer.lora_factors`."""

@@ -1,12 +1,11 @@
 """`NoraModel`: which module gets which layer, and when the outer factors are derived."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, cast
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -29,7 +28,7 @@ def iter_nora_layers(model: nn.Module) -> Iterator[tuple[str, NoraLayer]]:
 
 
 @contextmanager
-def deferred_factors() -> Iterator[None]:
+def deferred_factors() -> Generator[None, None, None]:
     """Add adapters without deriving their outer factors, which the caller sets instead.
 
     For loaders that know the factors: ``with deferred_factors(): model.add_adapter(config)``, then
@@ -85,7 +84,9 @@ class NoraModel(BaseTuner):
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Inject as PEFT does, then derive the outer factors of all modules side by side."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._warn_about_clamped_ranks(model, adapter_name)
@@ -120,8 +121,8 @@ class NoraModel(BaseTuner):
         if isinstance(base, nn.Conv2d):
             if base.groups != 1:
                 raise ValueError(
-                    f"target module {key!r} is a convolution with {base.groups} groups; NoRA adapts "
-                    "convolutions with groups=1 only, so leave it out (exclude_modules)"
+                    f"target module {key!r} is a convolution with {base.groups} groups; NoRA "
+                    "adapts convolutions with groups=1 only, so leave it out (exclude_modules)"
                 )
             return Conv2d(target, **kwargs)
         if isinstance(base, nn.Linear | Conv1D):
@@ -131,7 +132,8 @@ class NoraModel(BaseTuner):
             return Linear(target, **kwargs)
         raise TypeError(
             f"target module {key!r} is a {type(base).__name__}; NoRA adapts torch.nn.Linear, "
-            "torch.nn.Conv2d, transformers Conv1D and quantised linear layers; narrow target_modules"
+            "torch.nn.Conv2d, transformers Conv1D and quantised linear layers; narrow "
+            "target_modules"
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a NoRA layer holds: per-adapter factors, their creation, sharing, initial state and scale."""
+"""What a NoRA layer holds: per-adapter factors, how they are made and shared, and their scale."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -81,18 +81,18 @@ class NoraState(BaseTunerLayer, nn.Module):
             return rows, columns
         return base.out_features, base.in_features
 
-    def _to_matrix(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         """Turn a weight in the base layer's layout into ``(out, in)``."""
         return weight.mT if isinstance(self.get_base_layer(), Conv1D) else weight
 
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        """Undo `_to_matrix`."""
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Undo `as_matrix`."""
         return matrix.mT if isinstance(self.get_base_layer(), Conv1D) else matrix
 
     def base_matrix(self) -> Tensor:
         """Return the frozen weight ``(out, in)``: dequantised, and as it was before any merge."""
         weight = self._backup.weight if self._backup else self.get_base_weight()
-        return self._to_matrix(weight.detach()).contiguous()
+        return self.as_matrix(weight.detach()).contiguous()
 
     def base_fingerprint(self) -> str:
         """Return the fingerprint of the frozen weight, as compact files record it."""
@@ -131,8 +131,8 @@ class NoraState(BaseTunerLayer, nn.Module):
         self.scaling[adapter_name] = config.scaling
         self.nora_config[adapter_name] = config
         spec = OuterSpec(r, config.basis, config.seed)
-        outer = next((o for o in self._outers() if o.native and o.shareable and o.spec == spec), None)
-        self.nora_outer[adapter_name] = outer or self._new_outer(spec)
+        twins = (o for o in self._outers() if o.native and o.shareable and o.spec == spec)
+        self.nora_outer[adapter_name] = next(twins, None) or self._new_outer(spec)
         # Float32 whatever the base is: the updates of a bfloat16 pair are lost to rounding.
         device, _ = self._device_and_dtype()
         for store, shape in ((self.nora_inner_B, (r, inner_r)), (self.nora_inner_A, (inner_r, r))):
@@ -195,16 +195,11 @@ class NoraState(BaseTunerLayer, nn.Module):
         """
         pending = not self.outer(adapter_name).derived
         spec = self.outer(adapter_name).spec
-        outer = next(
-            (
-                other
-                for other in self._outers()
-                if other.shareable
-                and other.derived
-                and (other.spec, other.fingerprint) == (spec, factors.fingerprint)
-            ),
-            None,
+        key = (True, True, spec, factors.fingerprint)
+        twins = (
+            o for o in self._outers() if (o.shareable, o.derived, o.spec, o.fingerprint) == key
         )
+        outer = next(twins, None)
         if outer is None:
             outer = self._new_outer(spec)
             outer.assign(factors, self._device_and_dtype()[0], native=False)
@@ -225,14 +220,14 @@ class NoraState(BaseTunerLayer, nn.Module):
             return
         if outer.spec.basis in DATA_BASES:
             raise RuntimeError(
-                f"adapter {adapter_name!r} has basis={outer.spec.basis!r}, which is fitted to data: "
-                "call nora_diffusion.adapter.fit_basis(model, batches, step) first, or load a "
-                "portable adapter file"
+                f"adapter {adapter_name!r} has basis={outer.spec.basis!r}, which is fitted to "
+                "data: call nora_diffusion.adapter.fit_basis(model, batches, step) first, or load "
+                "a portable adapter file"
             )
         if self._device_and_dtype()[0].type == "meta":
             raise RuntimeError(
-                f"adapter {adapter_name!r} sits on a base layer without weights (meta device); load "
-                "the base model's weights first"
+                f"adapter {adapter_name!r} sits on a base layer without weights (meta device); "
+                "load the base model's weights first"
             )
         self.adopt_factors(adapter_name, factorise_many([self.factor_job(adapter_name)])[0])
 
@@ -309,6 +304,10 @@ class NoraState(BaseTunerLayer, nn.Module):
                 Only adapters with `timestep_rank` use it.
         """
         self._progress = progress
+
+    def bypass(self, bypassed: bool) -> None:
+        """Run the base layer alone, leaving alone which parameters require gradients."""
+        self._disable_adapters = bypassed
 
     def _present(self, names: list[str] | str) -> list[str]:
         """Those of the adapters that this layer has."""
