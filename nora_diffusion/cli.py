@@ -1,6 +1,7 @@
 """The commands ``nora-dreambooth`` and ``nora``; whatever is heavy is imported inside them."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[st
     except KeyboardInterrupt as stop:
         print(f"\n{prog}: {stop or 'stopped'}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader went away, as in `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
         code = _exit_code(error)
         if code is None:

@@ -194,12 +194,13 @@ def _unknown(schema: type[BaseModel], name: str) -> str:
     sections = list(schema.model_fields)
     if name in sections:
         return f"a section, not a key; its keys: {', '.join(_keys_of(schema, name))}"
-    near = difflib.get_close_matches(name, keys + sections, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, keys + sections, n=1, cutoff=0.8)
     if not near:  # the right key without its section, or in the wrong one
-        last = {key.split(".")[1]: key for key in reversed(keys)}
-        near = [last[n] for n in difflib.get_close_matches(name.split(".")[-1], last, n=1)]
+        words = [key.split(".")[1] for key in keys]
+        word = difflib.get_close_matches(name.split(".")[-1], words, n=1)
+        near = [key for key in keys if key.split(".")[1:] == word]
     if near:
-        return f"unknown; did you mean {near[0]}?"
+        return f"unknown; did you mean {' or '.join(near)}?"
     section = name.split(".")[0]
     if section in sections:
         return f"unknown; the keys there: {', '.join(_keys_of(schema, section))}"
