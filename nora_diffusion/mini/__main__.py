@@ -1,0 +1,105 @@
+"""Train, export and score mini: ``python -m nora_diffusion.mini [train|export|score|all]``.
+
+Every stage continues from its last checkpoint in the work folder, on the CPU or on CUDA::
+
+    python -m nora_diffusion.mini all                     # 64 px, common emoji, about 2 h on 2 cores
+    python -m nora_diffusion.mini all --preset gpu        # 128 px, full set
+    python -m nora_diffusion.mini score --photos FOLDER   # of the shipped weights
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets" / "mini"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one version of mini is trained on, and for how long."""
+
+    name: str
+    size_px: int
+    concept_set: str
+    autoencoder_samples: int
+    denoiser_samples: int
+    batch_size: int
+
+
+PRESETS = {
+    "cpu": Recipe("mini-64-v1", 64, "common", 120_000, 224_000, 32),
+    "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 6_000_000, 512),
+}
+
+
+def default_work_folder() -> Path:
+    """Returns ``$NORA_MINI_WORK`` or ``~/.cache/nora-mini``."""
+    return Path(os.environ.get("NORA_MINI_WORK", Path.home() / ".cache" / "nora-mini"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stages named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nora_diffusion.mini",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", choices=("train", "export", "score", "all"))
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=default_work_folder(),
+        help="work folder for packages and checkpoints",
+    )
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where export writes the pipeline")
+    parser.add_argument("--photos", type=Path, help="real photos for the autoencoder's PSNR")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    recipe = PRESETS[args.preset]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    work = args.work / recipe.name
+    work.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("train", "export", "all"):
+        _train_and_export(recipe, work, args.out, device, args.stage)
+    if args.stage in ("score", "all"):
+        from nora_diffusion.mini.score import score
+
+        result = score(args.out, work, work / "score", recipe.concept_set, photos=args.photos)
+        print(json.dumps(result, indent=2))
+
+
+def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage: str) -> None:
+    """Trains what is missing; "export" takes the denoiser as far as it is."""
+    from nora_diffusion.mini.autoencoder import train_autoencoder
+    from nora_diffusion.mini.compose import Compositor, to_signed
+    from nora_diffusion.mini.denoiser import train_denoiser
+    from nora_diffusion.mini.export import build_pipeline, export, set_latent_scale
+    from nora_diffusion.mini.sources import concepts
+
+    autoencoder = train_autoencoder(work, recipe.size_px, recipe.autoencoder_samples, device)
+    seen = concepts(work, recipe.concept_set)
+    images, _, _ = Compositor(seen, recipe.size_px, backgrounds=300, seed=3).sample(512, seed=3)
+    set_latent_scale(autoencoder.to(device), to_signed(images).to(device))
+    model, tokenizer = train_denoiser(
+        work,
+        autoencoder,
+        recipe.size_px,
+        recipe.denoiser_samples,
+        device,
+        recipe.concept_set,
+        recipe.batch_size,
+        further=stage != "export",
+    )
+    if stage != "train":
+        pipeline = build_pipeline(autoencoder, model, tokenizer)
+        print("wrote", out, export(pipeline, out, recipe.name, asdict(recipe))[:16])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Stage 3: the trained parts as a diffusers folder that `StableDiffusionPipeline` loads as it is."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from nora_diffusion.mini.denoiser import Joint, build_scheduler
+
+PART_LIMIT = "14MB"  # of one weight file, so that parts travel everywhere
+
+
+@torch.no_grad()
+def set_latent_scale(autoencoder: AutoencoderTiny, images: torch.Tensor) -> float:
+    """Sets the scaling factor that gives the latents of `images` (N, 3, H, W) unit variance."""
+    deviation = float(autoencoder.encoder(images).float().std())
+    autoencoder.register_to_config(scaling_factor=round(1 / deviation, 4))
+    return deviation
+
+
+def build_pipeline(
+    autoencoder: AutoencoderTiny, model: Joint, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """Puts the parts together on the CPU in float32."""
+    return StableDiffusionPipeline(
+        vae=autoencoder.float().cpu(),
+        text_encoder=model.text_encoder.float().cpu(),
+        tokenizer=tokenizer,
+        unet=model.unet.float().cpu(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(pipeline: StableDiffusionPipeline, folder: Path, name: str, recipe: dict) -> str:
+    """Writes the pipeline in fp16 with its name, recipe and hash (``mini.json``); returns the hash."""
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=PART_LIMIT)
+    digest = weights_hash(folder)
+    about = {"name": name, "hash": digest, "recipe": recipe}
+    (folder / "mini.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return digest
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over every weight file of a pipeline folder, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""What a picture shows, measured: its nearest emoji of all, and its background.
+
+The gallery holds the mean EffNet-Lite2 feature of composites of every emoji, the held-out ones
+included: it is a ruler, not training data of any model that draws.
+"""
+
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nora_diffusion.evaluation.image_features import image_features, to_pil
+from nora_diffusion.mini.backgrounds import COLOURS, SCENES, draw_background
+from nora_diffusion.mini.compose import Compositor, Placement
+from nora_diffusion.mini.sources import Concept, concepts, held_out
+from nora_diffusion.mini.state import load_state, save_state
+
+WHERE = [*SCENES, *(f"on a {colour} background" for colour in COLOURS)]
+
+
+class Gallery:
+    """Mean features of every emoji by name, for nearest-neighbour questions.
+
+    Args:
+        work: the recipe's work folder; the features are cached there.
+        size_px: side of the composites.
+        views: composites a emoji, each on another background.
+    """
+
+    def __init__(self, work: Path, size_px: int, views: int = 4):
+        members = [*concepts(work, "full"), *held_out(work)]
+        self.names = [c.name for c in members]
+        path = work / f"gallery-{size_px}-{views}.safetensors"
+        if path.exists():
+            tensors, about = load_state(path)
+            if about["names"] == self.names:
+                self.features = tensors["features"]
+                return
+        compositor = Compositor(members, size_px, backgrounds=400, seed=5)
+        images = _views(compositor, views)
+        features = image_features(to_pil(images)).unflatten(0, (len(members), views))
+        self.features = F.normalize(features.mean(1), dim=1)
+        save_state(path, {"features": self.features}, {"names": self.names})
+
+    def nearest(self, features: torch.Tensor, n: int = 5) -> list[list[str]]:
+        """Names of the `n` nearest emoji for each row of `features` (N, 1280), nearest first."""
+        # Pictures share backgrounds and style: what all have in common is taken out first.
+        centre = self.features.mean(0)
+        gallery = F.normalize(self.features - centre, dim=1)
+        order = (F.normalize(features - centre, dim=1) @ gallery.T).topk(n, dim=1).indices
+        return [[self.names[i] for i in row] for row in order.tolist()]
+
+
+def _views(compositor: Compositor, views: int) -> torch.Tensor:
+    random = Random(6)
+    which = [i for i in range(len(compositor.concepts)) for _ in range(views)]
+    behind = [random.randrange(len(compositor.phrases)) for _ in which]
+    placements = [
+        Placement(
+            random.uniform(0.6, 0.85),
+            random.uniform(-0.15, 0.15),
+            random.uniform(-0.15, 0.15),
+            random.uniform(-0.1, 0.1),
+            random.random() < 0.5,
+        )
+        for _ in which
+    ]
+    return compositor.render(which, behind, placements)
+
+
+def real_composites(
+    concept_list: list[Concept], where: list[str], size_px: int, seed: int
+) -> torch.Tensor:
+    """One composite of each concept on the background of the same index: uint8 (N, 3, S, S)."""
+    random = Random(seed)
+    compositor = Compositor(concept_list, size_px, backgrounds=1, seed=seed)
+    drawn = [torch.from_numpy(draw_background(size_px, random, w)[0]) for w in where]
+    compositor.backgrounds = torch.stack(drawn)
+    placements = [Placement.draw(random) for _ in where]
+    return compositor.render(list(range(len(where))), list(range(len(where))), placements)
+
+
+class BackgroundProbe:
+    """Names the background of a picture: a small network on thumbnails, trained on composites.
+
+    Its own accuracy on fresh composites is the ceiling that scores are read against.
+    """
+
+    def __init__(self, work: Path, size_px: int, samples: int = 9000):
+        members, random = concepts(work, "common"), Random(7)
+        self.ceiling_samples = 1000
+        total = samples + self.ceiling_samples
+        pool = [(draw_background(size_px, random, w)[0], w) for w in WHERE for _ in range(80)]
+        compositor = Compositor(members, size_px, backgrounds=1, seed=7)
+        compositor.backgrounds = torch.stack([torch.from_numpy(p[0]) for p in pool])
+        which = [random.randrange(len(members)) for _ in range(total)]
+        behind = [random.randrange(len(pool)) for _ in range(total)]
+        images = compositor.render(which, behind, [Placement.draw(random) for _ in range(total)])
+        labels = torch.tensor([WHERE.index(pool[b][1]) for b in behind])
+        inputs = _thumbnail(images)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.network = nn.Sequential(
+                nn.Linear(inputs.shape[1], 192),
+                nn.GELU(),
+                nn.Dropout(0.2),
+                nn.Linear(192, len(WHERE)),
+            )
+            self._fit(inputs[:samples], labels[:samples])
+        self.network.eval()
+        guess = self.network(inputs[samples:]).argmax(1)
+        self.ceiling = float((guess == labels[samples:]).float().mean())
+
+    def _fit(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, weight_decay=0.01)
+        for _ in range(12):
+            for index in torch.randperm(len(inputs)).split(128):
+                loss = F.cross_entropy(self.network(inputs[index]), labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    @torch.no_grad()
+    def names(self, images: torch.Tensor) -> list[str]:
+        """The phrase in `WHERE` that fits each uint8 picture (N, 3, S, S) best."""
+        return [WHERE[i] for i in self.network(_thumbnail(images)).argmax(1).tolist()]
+
+
+def _thumbnail(images: torch.Tensor) -> torch.Tensor:
+    """Colours at 16 x 16 and their spread at 8 x 8, as one vector a picture."""
+    pixels = images.float() / 127.5 - 1
+    mean = F.adaptive_avg_pool2d(pixels, 16)
+    spread = F.adaptive_avg_pool2d(pixels.square(), 8) - F.adaptive_avg_pool2d(pixels, 8).square()
+    return torch.cat([mean.flatten(1), spread.clamp_min(0).sqrt().flatten(1) * 2], dim=1)
