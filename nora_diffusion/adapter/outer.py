@@ -1,5 +1,6 @@
 """The frozen outer pair as a module, shared by all adapters of one spec on one layer."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -90,3 +91,20 @@ class OuterFactors(nn.Module):
         if prefix + "outer_A" in state_dict:
             self.derived = True
             self.native = False
+
+
+class OuterView(Mapping[str, Tensor]):
+    """Adapter name -> one tensor of its outer pair, read from the layer at every look-up."""
+
+    def __init__(self, outers: nn.ModuleDict, tensor: str):
+        self._outers = outers
+        self._tensor = tensor
+
+    def __getitem__(self, adapter_name: str) -> Tensor:
+        return getattr(self._outers[adapter_name], self._tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outers)
+
+    def __len__(self) -> int:
+        return len(self._outers)

@@ -20,7 +20,7 @@ from .factors import (
     fingerprint,
     seeded_orthonormal,
 )
-from .outer import OuterFactors, OuterSpec
+from .outer import OuterFactors, OuterSpec, OuterView
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -146,14 +146,14 @@ class NoraState(BaseTunerLayer, nn.Module):
         return cast(OuterFactors, self.nora_outer[adapter_name])
 
     @property
-    def nora_outer_A(self) -> dict[str, Tensor]:
+    def nora_outer_A(self) -> OuterView:
         """``V (r, in)`` of every adapter; a convolution's kernel is unfolded into ``in``."""
-        return {name: self.outer(name).outer_A for name in self.nora_outer}
+        return OuterView(self.nora_outer, "outer_A")
 
     @property
-    def nora_outer_B(self) -> dict[str, Tensor]:
+    def nora_outer_B(self) -> OuterView:
         """``U (out, r)`` of every adapter."""
-        return {name: self.outer(name).outer_B for name in self.nora_outer}
+        return OuterView(self.nora_outer, "outer_B")
 
     def _outers(self) -> Iterator[OuterFactors]:
         return (self.outer(name) for name in self.nora_outer)
