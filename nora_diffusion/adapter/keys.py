@@ -1,0 +1,150 @@
+"""Names of adapted modules as other programs spell them: pure functions on strings.
+
+A module is known here by its component (`unet`, `transformer`, `text_encoder`, `text_encoder_2`, or
+`model` for a bare model) and its dotted path inside that component.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")
+BARE_MODEL = "model"
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS, BARE_MODEL)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a kohya-style name depends on besides the module's own name.
+
+    Attributes:
+        sdxl: SDXL files name UNet blocks as the original (SGM) code does and number the text
+            encoders; SD 1.x and 2.x files use the diffusers block names and one `te`.
+        layers_per_block: resnets in each block of the UNet, which the SGM numbering counts.
+    """
+
+    sdxl: bool = False
+    layers_per_block: int = 2
+
+
+def text_encoder_path(module: str) -> str:
+    """Path of a CLIP module with its `text_model.` level.
+
+    transformers 5 dropped that level from `CLIPTextModel` (not from `CLIPTextModelWithProjection`),
+    but files of every other program keep it.
+    """
+    if module.startswith("text_model.") or module == "text_projection":
+        return module
+    return f"text_model.{module}"
+
+
+def diffusers_name(component: str, module: str) -> str:
+    """Name in the diffusers layout, e.g. `unet.mid_block.attentions.0.proj_in`."""
+    return f"{component}.{_clip_path(component, module)}"
+
+
+def kohya_name(component: str, module: str, dialect: Dialect) -> str:
+    """Name in the kohya-ss layout, which A1111 and ComfyUI read too.
+
+    Raises:
+        ValueError: the layout has no name for this component.
+    """
+    if component == "unet":
+        path = sgm_path(module, dialect.layers_per_block) if dialect.sdxl else module
+        prefix = "lora_unet_"
+    elif component in TEXT_ENCODERS:
+        path = text_encoder_path(module)
+        number = str(TEXT_ENCODERS.index(component) + 1) if dialect.sdxl else ""
+        prefix = f"lora_te{number}_"
+    else:
+        raise ValueError(
+            f"layout 'kohya' names the modules of SD 1.x, SD 2.x and SDXL, not of {component!r}; "
+            "use layout='diffusers', which A1111-style programs for newer models read as well"
+        )
+    return prefix + path.replace(".", "_")
+
+
+def kohya_aliases(component: str, module: str, dialect: Dialect) -> set[str]:
+    """Every spelling of a module found in kohya-style files, to recognise one when reading."""
+    if component not in ("unet", *TEXT_ENCODERS):
+        return set()
+    names = {kohya_name(component, module, dialect)}
+    flat = module.replace(".", "_")
+    if component == "unet":
+        names.add(f"lora_unet_{flat}")
+    else:
+        prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
+        clip = text_encoder_path(module).replace(".", "_")
+        names |= {prefix + path for prefix in prefixes for path in (flat, clip)}
+    return names
+
+
+_SGM_FIXED = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_SGM_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(
+    r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\."
+    r"(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<layer>\d+)\.(?P<rest>.+)"
+)
+
+
+def sgm_path(module: str, layers_per_block: int) -> str:
+    """Path of a diffusers UNet module in the original SDXL code (SGM).
+
+    SGM numbers the layers of the encoder and of the decoder straight through: a block of `n`
+    layers takes `n + 1` numbers, the last of them (or the end of the last decoder layer) for its
+    sampler; number 0 of the encoder is `conv_in`.
+
+    Raises:
+        ValueError: no such module in that code.
+    """
+    if module in _SGM_FIXED:
+        return _SGM_FIXED[module]
+    match = _BLOCK.fullmatch(module)
+    if match is None:
+        raise ValueError(f"UNet module {module!r} has no name in SDXL's original block structure")
+    kind, layer, rest = match["kind"], int(match["layer"]), match["rest"]
+    if kind == "resnets":
+        rest = _SGM_RESNET.get(rest, rest)
+    inner = 0 if kind == "resnets" else 1
+    if match["side"] is None:
+        return f"middle_block.{2 * layer if kind == 'resnets' else 1}.{rest}"
+    first = int(match["block"]) * (layers_per_block + 1)
+    if match["side"] == "down":
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers_per_block + 1}.0.op"
+        return f"input_blocks.{first + layer + 1}.{inner}.{rest}"
+    if kind == "upsamplers":
+        # Every SDXL decoder block that has a sampler has attention, so the sampler comes third.
+        return f"output_blocks.{first + layers_per_block}.2.{rest}"
+    return f"output_blocks.{first + layer}.{inner}.{rest}"
+
+
+def find_module(name: str, available: Collection[str]) -> str | None:
+    """Module of a model under the name a file gives it, or None.
+
+    Accepts a CLIP path with or without its `text_model.` level.
+    """
+    stripped = name.removeprefix("text_model.")
+    for candidate in (name, stripped, f"text_model.{stripped}"):
+        if candidate in available:
+            return candidate
+    return None
+
+
+def _clip_path(component: str, module: str) -> str:
+    return text_encoder_path(module) if component in TEXT_ENCODERS else module
