@@ -340,9 +340,12 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothCon
         if not key.resume and _differs(key.name, before, after)
     ]
     if contradictions:
-        contradictions.append(f"a resumed run can change only {free};")
-        contradictions.append("for other settings start a new run in another --output.dir")
-        raise ConfigError(contradictions, f"the settings for resuming {folder}")
+        raise ConfigError(
+            contradictions,
+            f"the settings for resuming {folder}",
+            f"A resumed run can change only {free}; for others start a new run in another "
+            "--output.dir.",
+        )
     return after
 
 

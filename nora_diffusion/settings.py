@@ -28,11 +28,12 @@ class ConfigError(UserError):
         problems: one sentence per problem, each starting with the user's key.
     """
 
-    def __init__(self, problems: Sequence[str], source: str) -> None:
-        """Compose one message from all ``problems`` found in ``source``."""
+    def __init__(self, problems: Sequence[str], source: str, cure: str = "") -> None:
+        """Compose one message from all ``problems`` found in ``source``, and a common cure."""
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in {source}:" + "".join(f"\n  {line}" for line in problems))
+        lines = [f"{count} in {source}:", *(f"  {problem}" for problem in problems), cure]
+        super().__init__("\n".join(lines).rstrip())
 
 
 def quote(value: Any) -> str:
