@@ -64,7 +64,9 @@ def load_family(
             f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
         )
     loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
-    loaded.components.base = str(base)
+    if isinstance(source, Path):  # as another working folder would have to name it
+        shipped = source.parent == ASSETS
+        loaded.components.base = source.name if shipped else str(source.resolve())
     return loaded
 
 

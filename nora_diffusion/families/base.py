@@ -43,6 +43,12 @@ class Conditioning:
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
 
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The prompts of all parts, in order."""
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+        return Conditioning(torch.cat([part.prompt_embeds for part in parts]), extra)
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply a function to every tensor."""
         extra = {name: function(tensor) for name, tensor in self.extra.items()}
@@ -153,11 +159,12 @@ class Family(Protocol):
         generator: torch.Generator,
         *,
         min_snr_gamma: float | None = None,
-        reference: Denoiser | None = None,
+        reference: tuple[Denoiser, Conditioning] | None = None,
     ) -> Tensor:
         """(B,) loss of each sample at its own random timestep and noise.
 
-        With a ``reference`` denoiser the target is its prediction at the same timestep and noise.
+        With a ``reference`` the target is what that denoiser predicts under that conditioning, at
+        the same timesteps and noise.
         """
         ...
 

@@ -131,27 +131,29 @@ class StableDiffusion:
         generator: torch.Generator,
         *,
         min_snr_gamma: float | None = None,
-        reference: Denoiser | None = None,
+        reference: tuple[Denoiser, Conditioning] | None = None,
     ) -> Tensor:
         """(B,) mean squared error of each sample's prediction (Ho et al. 2020, eq. 14).
 
         Timestep and noise of each sample come from ``generator``, which must be on the CPU. With a
-        ``reference`` denoiser the target is its prediction at the same timestep and noise.
+        ``reference`` the target is what that denoiser predicts under that conditioning, at the
+        same timesteps and noise.
         """
         device, dtype = self.components.device, self.components.dtype
         timesteps = objective.uniform_timesteps(len(latents), self.num_timesteps, generator)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         alpha, sigma = objective.alpha_sigma(self.alphas_cumprod, timesteps, latents.ndim)
         alpha, sigma, latents = alpha.to(device), sigma.to(device), latents.to(device)
-        noisy = objective.add_noise(latents, noise, alpha, sigma).to(dtype)
-        inputs = {"encoder_hidden_states": conditioning.prompt_embeds.to(dtype)}
-        at = timesteps.to(device)
+        noisy, at = (
+            objective.add_noise(latents, noise, alpha, sigma).to(dtype),
+            timesteps.to(device),
+        )
         if reference is None:
             target = objective.diffusion_target(self.prediction_type, latents, noise, alpha, sigma)
         else:
             with torch.no_grad():
-                target = reference(noisy, at, **inputs, return_dict=False)[0].float()
-        prediction = denoiser(noisy, at, **inputs, return_dict=False)[0].float()
+                target = self._predict(reference[0], noisy, at, reference[1])
+        prediction = self._predict(denoiser, noisy, at, conditioning)
         loss = (prediction - target).square().mean(dim=(1, 2, 3))
         if min_snr_gamma is None:
             return loss
@@ -159,6 +161,13 @@ class StableDiffusion:
             self.alphas_cumprod, timesteps, min_snr_gamma, self.prediction_type
         )
         return loss * weight.to(device)
+
+    def _predict(
+        self, denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        embeds = conditioning.prompt_embeds.to(self.components.dtype)
+        answer = denoiser(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)
+        return answer[0].float()
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,104 @@
+"""What the diffusion side hangs on a denoiser for the adapter layers, which know no timesteps."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nora_diffusion.adapter import NoraLayer, files, iter_nora_layers
+
+_ATTRIBUTE = "_nora_timestep_rank_hook"
+
+
+def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000) -> RemovableHandle:
+    """Tell the denoiser's NoRA layers the noise level of each sample before every forward pass.
+
+    Adapters with ``timestep_rank`` need it; for others the hook does nothing. Attaching it twice
+    changes nothing.
+
+    Args:
+        denoiser: called as ``denoiser(latents (B, ...), timestep, ...)``, where the timestep is a
+            number, or a tensor of one, B or B/m elements (then the batch is m copies in a row, as
+            in classifier-free guidance).
+        num_train_timesteps: the timestep of pure noise: 1000 for Stable Diffusion, 1 for models
+            that are given sigma itself.
+
+    Returns:
+        A handle whose ``remove()`` takes the hook off again.
+    """
+    handle = getattr(denoiser, _ATTRIBUTE, None)
+    if isinstance(handle, RemovableHandle) and handle.id in (handle.hooks_dict_ref() or {}):
+        return handle
+
+    def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layers = [layer for _, layer in iter_nora_layers(module) if _has_timestep_law(layer)]
+        if not layers:
+            return
+        latents = args[0] if args else next(iter(kwargs.values()))
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        progress = timestep_progress(timestep, latents, num_train_timesteps)
+        for layer in layers:
+            layer.set_progress(progress)
+
+    handle = denoiser.register_forward_pre_hook(push, with_kwargs=True)
+    object.__setattr__(denoiser, _ATTRIBUTE, handle)  # no submodule, no state: a plain attribute
+    return handle
+
+
+def timestep_progress(timestep: Any, latents: Tensor, num_train_timesteps: float) -> Tensor:
+    """Noise level t/T of each sample, (B,) float32 in [0, 1], on the latents' device.
+
+    Raises:
+        ValueError: when the number of timesteps does not divide the batch.
+    """
+    batch = latents.shape[0]
+    steps = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
+    if batch % len(steps):
+        raise ValueError(f"{len(steps)} timesteps for a batch of {batch}: give 1 or {batch}")
+    return (steps / num_train_timesteps).clamp(0, 1).repeat(batch // len(steps))
+
+
+def load_adapter(
+    pipe_or_model: Any,
+    path: str | Path,
+    adapter_name: str = "default",
+    weight: float = 1.0,
+) -> Any:
+    """Load a NoRA or exported LoRA file into a pipeline or model, ready to sample.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, or one of its models.
+        path: native compact, native portable or LoRA ``.safetensors`` file.
+        adapter_name: name under which the adapter is added.
+        weight: factor on its effect.
+
+    Returns:
+        What ``adapter.files.load_adapter`` returns.
+
+    Raises:
+        AdapterFileError: when the file is damaged, or does not fit this base.
+    """
+    result = files.load_adapter(pipe_or_model, path, adapter_name=adapter_name, weight=weight)
+    scheduler = getattr(pipe_or_model, "scheduler", None)
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    for model in _denoisers(pipe_or_model):
+        if any(_has_timestep_law(layer) for _, layer in iter_nora_layers(model)):
+            attach_timestep_rank(model, steps)
+    return result
+
+
+def _has_timestep_law(layer: NoraLayer) -> bool:
+    return any(config.timestep_rank is not None for config in layer.nora_config.values())
+
+
+def _denoisers(pipe_or_model: Any) -> list[nn.Module]:
+    if isinstance(pipe_or_model, nn.Module):
+        takes_timestep = "timestep" in inspect.signature(pipe_or_model.forward).parameters
+        return [pipe_or_model] if takes_timestep else []
+    parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
+    return [part for part in parts if isinstance(part, nn.Module)]

@@ -1,0 +1,307 @@
+"""Adapter, prompts and seeds to pictures with their origin inside, and sheets of pictures."""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from nora_diffusion import __version__
+from nora_diffusion.adapter.files import adapter_info
+from nora_diffusion.config import UserError, fill_prompt
+from nora_diffusion.denoiser_hooks import load_adapter
+from nora_diffusion.families import load_family
+from nora_diffusion.families.base import (
+    Conditioning,
+    Family,
+    resolve_device,
+    resolve_dtype,
+)
+
+ADAPTER_FILE = "adapter.safetensors"
+STEPS, GUIDANCE = 25, 5.0
+_BATCH_PX = 2 * 512 * 512  # pixels denoised at once: two 512 px pictures fit 8 GB
+
+
+def sample_to_folder(
+    run_or_file: str | Path,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    n: int = 4,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    base: str | None = None,
+    weight: float = 1.0,
+    width: int | None = None,
+    height: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> list[Path]:
+    """Write ``n`` pictures of each prompt as PNG files that say how they were made.
+
+    Args:
+        run_or_file: run folder, or adapter file.
+        prompts: ``{trigger}`` and ``{class_name}`` are filled in from the adapter.
+        out: folder for the pictures; made if missing.
+        n: pictures a prompt.
+        seed: of the first picture of each prompt; picture i has seed + i.
+        steps: denoising steps; None: 25.
+        guidance: classifier-free guidance scale; None: 5.
+        negative_prompt: what the pictures should not show.
+        base: base model; None: the one the adapter was trained on.
+        weight: factor on the adapter's effect; 0 gives the base's own pictures.
+        width: in px; None: the base's own.
+        height: in px; None: the base's own.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: "auto", "fp32", "bf16" or "fp16".
+
+    Returns:
+        The files, prompt by prompt.
+
+    Raises:
+        UserError: when the run has no adapter yet, or no base is known.
+        AdapterFileError: when the adapter does not fit the base.
+    """
+    path = adapter_path(run_or_file)
+    info = adapter_info(path)
+    family = load_adapted(path, base=base, weight=weight, device=device, dtype=dtype)
+    names = (info.get("trigger") or "", info.get("class_name") or "")
+    texts = [fill_prompt(prompt, *names) for prompt in prompts]
+    negative = negative_prompt or ""
+    steps, guidance = steps or STEPS, GUIDANCE if guidance is None else guidance
+    seeds = range(seed, seed + n)
+    rows = sample_prompts(
+        family, texts, seeds, negative_prompt=negative, steps=steps, guidance=guidance,
+        width_px=width, height_px=height,
+    )  # fmt: skip
+    made_with = {
+        "negative_prompt": negative,
+        "steps": steps,
+        "guidance": guidance,
+        "adapter": path.resolve().as_posix(),
+        "adapter_weight": weight,
+        "base": family.components.base,
+        "family": family.name,
+    }
+    out = Path(out)
+    files: list[Path] = []
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        for image_seed, image in zip(seeds, row, strict=True):
+            file = picture_path(out, index, text, image_seed)
+            files.append(save_png(image, file, {"prompt": text, "seed": image_seed, **made_with}))
+    return files
+
+
+def adapter_path(run_or_file: str | Path) -> Path:
+    """The adapter file of a run folder, or the file itself.
+
+    Raises:
+        UserError: when there is none.
+    """
+    path = Path(run_or_file).expanduser()
+    if path.is_file():
+        return path
+    if (path / ADAPTER_FILE).is_file():
+        return path / ADAPTER_FILE
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path}: this run is not finished, so it has no {ADAPTER_FILE} yet; "
+            f"finish it with: nora-dreambooth --resume {path}"
+        )
+    raise UserError(
+        f"{path}: no such file, and no folder with {ADAPTER_FILE} in it; give a run folder or an "
+        "adapter file"
+    )
+
+
+def load_adapted(
+    run_or_file: str | Path,
+    *,
+    base: str | None = None,
+    weight: float = 1.0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Family:
+    """Load an adapter on its base model, ready for ``sample_prompts``; arguments as above.
+
+    Raises:
+        UserError: when no base is known or the device is missing.
+        AdapterFileError: when the adapter does not fit the base.
+    """
+    path = adapter_path(run_or_file)
+    base = base or adapter_info(path).get("base")
+    if not base:
+        raise UserError(f"{path}: it does not name its base model; give one with --base")
+    where = resolve_device(device)
+    family = load_family(base, dtype=resolve_dtype(dtype, where), device=where)
+    load_adapter(family.components.pipeline, path, weight=weight)
+    return family
+
+
+@torch.no_grad()
+def sample_prompts(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative_prompt: str = "",
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    width_px: int | None = None,
+    height_px: int | None = None,
+) -> list[list[Image.Image]]:
+    """Pictures of every prompt with every seed: a row for each prompt."""
+    return sample_conditioning(
+        family, family.encode_prompts(prompts), family.encode_prompts([negative_prompt]), seeds,
+        steps=steps, guidance=guidance, width_px=width_px, height_px=height_px,
+    )  # fmt: skip
+
+
+def sample_conditioning(
+    family: Family,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    seeds: Sequence[int],
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    width_px: int | None = None,
+    height_px: int | None = None,
+) -> list[list[Image.Image]]:
+    """As ``sample_prompts``, from prompts encoded before: P of them, and one negative."""
+    width, height = width_px or family.resolution_px, height_px or family.resolution_px
+    pairs = [(row, seed) for row in range(len(conditioning)) for seed in seeds]
+    size = max(1, min(16, _BATCH_PX // (width * height)))
+    images: list[Image.Image] = []
+    for start in range(0, len(pairs), size):
+        batch = pairs[start : start + size]
+        images += family.sample(
+            conditioning.select([row for row, _ in batch]),
+            negative.repeat(len(batch)),
+            [seed for _, seed in batch],
+            steps=steps,
+            guidance=guidance,
+            width_px=width,
+            height_px=height,
+        )
+    columns = len(seeds)
+    return [images[row * columns : (row + 1) * columns] for row in range(len(conditioning))]
+
+
+def picture_path(folder: Path, index: int, prompt: str, seed: int) -> Path:
+    """Name of a picture: number of its prompt, words of it, and seed."""
+    return folder / f"{index:02d}-{_slug(prompt)}-seed{seed}.png"
+
+
+def save_png(image: Image.Image, path: str | Path, origin: dict[str, Any]) -> Path:
+    """Write a PNG whose text chunks say that it is AI-generated, by what, and from what.
+
+    The file is whole or absent: it is written under another name first.
+    """
+    info = PngInfo()
+    info.add_text("Software", f"nora-diffusion {__version__}")
+    info.add_text("Comment", "AI-generated")
+    for key, value in origin.items():
+        info.add_text(key, str(value))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    image.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)
+    return path
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    tile_px: int | None = None,
+) -> Image.Image:
+    """Lay pictures out in a labelled grid on white.
+
+    Args:
+        rows: rows of pictures, of any lengths; None leaves a gap.
+        row_labels: text left of each row, wrapped.
+        column_labels: text above each column.
+        title: text above all.
+        tile_px: side of a tile, into which pictures are fitted; None: their own size, between
+            128 and 256.
+    """
+    largest = max((max(image.size) for row in rows for image in row if image), default=128)
+    tile = tile_px or min(256, max(128, largest))
+    font = ImageFont.load_default(14)
+    gap, line = 4, 18
+    gutter = 170 if any(row_labels) else 0
+    columns = max((len(row) for row in rows), default=0)
+    top = gap + line * (bool(title) + any(map(bool, column_labels)))
+    width = gutter + gap + columns * (tile + gap)
+    sheet = Image.new("RGB", (width, top + len(rows) * (tile + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((gap, gap // 2), _drawable(title, font), fill="black", font=font)
+    for index, label in enumerate(column_labels):
+        x = gutter + gap + index * (tile + gap)
+        draw.text((x, top - line), _drawable(label, font), fill="black", font=font)
+    for index, row in enumerate(rows):
+        y = top + index * (tile + gap)
+        if index < len(row_labels):
+            lines = textwrap.wrap(row_labels[index], 24)[: tile // line]
+            text = _drawable("\n".join(lines), font)
+            draw.multiline_text((gap, y), text, fill="black", font=font)
+        for column, image in enumerate(row):
+            if image is not None:
+                _paste(sheet, image, (gutter + gap + column * (tile + gap), y), tile)
+    return sheet
+
+
+def before_after_sheet(
+    photos: Sequence[Image.Image],
+    prompts: Sequence[str],
+    before: Sequence[Sequence[Image.Image]],
+    after: Sequence[Sequence[Image.Image]],
+) -> Image.Image:
+    """The subject's photos, then for each prompt the base's pictures beside the adapted ones.
+
+    Args:
+        photos: of the subject; as many as fit are shown.
+        prompts: one a row.
+        before: for each prompt the base's pictures.
+        after: for each prompt the adapted model's, with the same seeds.
+    """
+    n = max((len(row) for row in before), default=1)
+    rows: list[list[Image.Image | None]] = [list(photos[: 2 * n + 1])]
+    rows += [[*old, None, *new] for old, new in zip(before, after, strict=True)]
+    headings = ["before (base)", *[""] * n, "after (NoRA)"]
+    largest = max(max(image.size) for row in before for image in row)
+    return contact_sheet(
+        rows, ["your photos", *prompts], headings, tile_px=min(256, max(128, largest))
+    )
+
+
+def _paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int], tile: int) -> None:
+    scale = tile / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    fitted = image.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    sheet.paste(fitted, (place[0] + (tile - size[0]) // 2, place[1] + (tile - size[1]) // 2))
+
+
+def _drawable(text: str, font: Any) -> str:
+    # Pillow built without FreeType has only a Latin-1 bitmap font.
+    if isinstance(font, ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "empty"

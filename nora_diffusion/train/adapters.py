@@ -1,0 +1,198 @@
+"""Putting NoRA adapters on a family's models, and reaching what is trained in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
+from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.statistics import fit_basis
+from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.denoiser_hooks import attach_timestep_rank, load_adapter
+from nora_diffusion.families.base import Family
+from nora_diffusion.sampling import adapter_path
+from nora_diffusion.train.common import derive_seed
+from nora_diffusion.train.inputs import Inputs
+
+NAME = "default"
+"""Name of the adapter in training."""
+
+FIT_BATCHES = 32
+"""Batches from which a data-driven basis is fitted; each draws its own timesteps."""
+
+
+def adapted_models(cfg: DreamboothConfig, family: Family) -> dict[str, nn.Module]:
+    """The models that get an adapter, by component name, denoiser first."""
+    parts = family.components
+    models = {parts.denoiser_name: parts.denoiser}
+    return models | parts.text_encoders if cfg.text_encoder.train else models
+
+
+def add_adapters(
+    cfg: DreamboothConfig,
+    family: Family,
+    inputs: Inputs,
+    fitted: dict[str, Tensor] | None = None,
+) -> None:
+    """Add the adapters that the config asks for, in their initial or their given state.
+
+    Args:
+        cfg: the settings.
+        family: the base model.
+        inputs: what a data-driven basis is fitted to.
+        fitted: outer factors fitted before, from a checkpoint.
+
+    Raises:
+        UserError: when no module matches ``adapter.target_modules``, or ``adapter.init_from`` does
+            not fit the config.
+    """
+    models = adapted_models(cfg, family)
+    if cfg.adapter.init_from is not None:
+        _load_start(cfg.adapter.init_from, family, models)
+    for component, model in models.items():
+        if not any(True for _ in iter_nora_layers(model)):
+            config = adapter_config(cfg, family, denoiser=model is family.components.denoiser)
+            _add(component, model, config)
+        for _, layer in iter_nora_layers(model):
+            for pair in (layer.nora_inner_A, layer.nora_inner_B):
+                pair[NAME] = nn.Parameter(pair[NAME].detach().float())
+    denoiser = family.components.denoiser
+    if fitted:
+        restore_factors(models, fitted)
+    elif not all(layer.outer(NAME).derived for _, layer in iter_nora_layers(denoiser)):
+        _fit(cfg, family, inputs)
+    attach_timestep_rank(denoiser, family.num_timesteps)
+
+
+def adapter_config(cfg: DreamboothConfig, family: Family, *, denoiser: bool) -> NoraConfig:
+    """``NoraConfig`` of the denoiser, or of a text encoder."""
+    adapter, text = cfg.adapter, cfg.text_encoder
+    law = dict(adapter.timestep_rank) if isinstance(adapter.timestep_rank, dict) else (
+        adapter.timestep_rank
+    )  # fmt: skip
+    if denoiser:
+        endings = [ending for kind in adapter.targets for ending in family.targets[kind]]
+        targets, r, inner_r, basis = (
+            list(adapter.target_modules or endings), adapter.r, adapter.inner_r, adapter.basis,
+        )  # fmt: skip
+    else:  # a text encoder sees no timestep, and its data are a few prompts: too few to fit to
+        targets, r, inner_r, law = list(family.text_targets), text.r, text.inner_r, None
+        basis = "weight" if adapter.basis in DATA_BASES else adapter.basis
+    return NoraConfig(
+        r=r,
+        inner_r=inner_r,
+        scaling=adapter.scaling,
+        dropout=adapter.dropout,
+        init=adapter.init,
+        basis=basis,
+        seed=adapter.seed,
+        timestep_rank=law,
+        target_modules=targets,
+    )
+
+
+def trained_parameters(models: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The inner pairs by ``component.module.inner_A`` and ``.inner_B``; nothing else is trained."""
+    found: dict[str, nn.Parameter] = {}
+    for component, model in models.items():
+        for name, layer in iter_nora_layers(model):
+            found[f"{component}.{name}.inner_A"] = layer.nora_inner_A[NAME]
+            found[f"{component}.{name}.inner_B"] = layer.nora_inner_B[NAME]
+    return found
+
+
+def fitted_factors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Outer factors that no weight yields again, as named tensors for a checkpoint."""
+    return {
+        f"{component}.{name}.{part}": getattr(layer.outer(NAME), part)
+        for component, model in models.items()
+        for name, layer in iter_nora_layers(model)
+        if layer.outer(NAME).spec.basis in DATA_BASES
+        for part in ("outer_B", "outer_A", "singular_values")
+    }
+
+
+def restore_factors(models: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Inverse of ``fitted_factors``."""
+    for component, model in models.items():
+        for name, layer in iter_nora_layers(model):
+            key = f"{component}.{name}."
+            if key + "outer_A" in tensors:
+                parts = [tensors[key + part] for part in ("outer_B", "outer_A", "singular_values")]
+                layer.adopt_factors(NAME, Factors(*parts, fingerprint=layer.base_fingerprint()))
+
+
+def checkpoint_gradients(models: dict[str, nn.Module]) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    for model in models.values():
+        if hasattr(model, "enable_gradient_checkpointing"):  # diffusers
+            cast(Any, model).enable_gradient_checkpointing()
+        else:  # transformers
+            cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def switched_off(*models: nn.Module) -> Iterator[None]:
+    """The base models as they are without the adapter, for the time of a ``with`` block.
+
+    Scale 0 skips the adapter's arithmetic altogether, so the base's answer is exact; PEFT's own
+    switch would also touch ``requires_grad``.
+    """
+    layers = [layer for model in models for _, layer in iter_nora_layers(model)]
+    for layer in layers:
+        layer.set_scale(NAME, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(NAME, 1.0)
+
+
+def _add(component: str, model: Any, config: NoraConfig) -> None:
+    try:
+        model.add_adapter(config, NAME)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise UserError(
+            f"adapter.target_modules = {sorted(config.target_modules or ())}: no module of the "
+            f"{component} has such a name; give endings of module names, as in "
+            '["to_q", "to_k"], or use adapter.targets'
+        ) from error
+
+
+def _load_start(source: str, family: Family, models: dict[str, nn.Module]) -> None:
+    path = adapter_path(Path(source))
+    load_adapter(family.components.pipeline, path, NAME)
+    for name, model in family.components.text_encoders.items():
+        if name not in models and any(True for _ in iter_nora_layers(model)):
+            raise UserError(
+                f'adapter.init_from = "{source}": it also adapts the {name}; '
+                "set text_encoder.train = true to go on with both"
+            )
+    if not any(True for model in models.values() for _ in iter_nora_layers(model)):
+        raise UserError(
+            f'adapter.init_from = "{source}": this is a LoRA file; a run starts from a native NoRA '
+            "file (adapter.safetensors)"
+        )
+
+
+def _fit(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
+    """Fit a data-driven basis on the run's own pictures, over many timesteps."""
+    size = min(cfg.train.batch_size, len(inputs.dataset.items))
+
+    def step(index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "basis", index))
+        indices = inputs.dataset.batch(index * size, size)
+        conditioning = inputs.conditioning.select([inputs.prompt_rows[i] for i in indices])
+        return family.loss(
+            family.components.denoiser, inputs.latents[indices], conditioning, generator
+        ).mean()
+
+    fit_basis(family.components.denoiser, range(FIT_BATCHES), step, NAME)

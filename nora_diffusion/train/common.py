@@ -1,0 +1,236 @@
+"""What every recipe shares: seeds, optimiser, schedule, moving average, interrupts, divergence."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nora_diffusion.config import UserError
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+class TrainingDiverged(UserError):
+    """The loss or the gradient is not finite, or the loss has exploded."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: a checkpoint was saved, and the message says how to go on."""
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes, number formats and raw bytes of a module's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        data = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+        digest.update(data.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def derive_seed(seed: int, *stream: int | str) -> int:
+    """Seed of one random stream, such as ``(seed, "noise", step)``: the same on every platform.
+
+    A step's randomness depends on its number alone, so a resumed run draws what an uninterrupted
+    one does without any generator state being saved.
+    """
+    digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits everywhere
+
+
+def step_generator(seed: int, step: int, micro_step: int) -> torch.Generator:
+    """CPU generator for timesteps and noise of one forward pass.
+
+    The global generators, which dropout draws from, are seeded along with it.
+    """
+    torch.manual_seed(derive_seed(seed, "dropout", step, micro_step))
+    return torch.Generator().manual_seed(derive_seed(seed, "noise", step, micro_step))
+
+
+def lr_factor(step: int, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+    """Factor on the peak learning rate for the update number ``step`` (from 0).
+
+    Rises linearly to 1 over the warm-up, then stays, or falls to 0 after the last step along a
+    half cosine or a line.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if schedule == "linear":
+        return max(0.0, 1 - progress)
+    return 1.0
+
+
+def make_adamw(
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over ``(parameters, peak learning rate)`` groups.
+
+    The fused kernel updates hundreds of small inner factors in one call, on CPU and CUDA.
+    """
+    return torch.optim.AdamW(
+        [
+            {"params": list(parameters), "lr": learning_rate, "peak_lr": learning_rate}
+            for parameters, learning_rate in groups
+            if parameters
+        ],
+        weight_decay=weight_decay,
+        fused=groups[0][0][0].device.type in ("cpu", "cuda"),
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to ``factor`` times its peak; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, ``<parameter>/<state>``."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in names.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Inverse of ``optimizer_tensors``.
+
+    Raises:
+        KeyError: when a tensor belongs to no parameter.
+    """
+    for key, value in tensors.items():
+        name, _, state = key.rpartition("/")
+        optimizer.state[names[name]][state] = value.to(names[name].device).clone()
+
+
+class MovingAverage:
+    """Exponential moving average of named parameters (float32).
+
+    The decay is ramped up, min(decay, (1 + n)/(10 + n)) after n updates, so that the start of
+    training is forgotten early.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Start the average at the parameters as they are."""
+        self.decay = decay
+        self.parameters = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the parameters after the update number ``step`` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in place of the parameters for the time of a ``with`` block."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        copy_into(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            copy_into(self.parameters, trained)
+
+
+@torch.no_grad()
+def copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    Raises:
+        ValueError: when names or shapes differ.
+    """
+    if parameters.keys() != values.keys():
+        odd = sorted(parameters.keys() ^ values.keys())
+        raise ValueError(f"parameters and values differ in {len(odd)} names, first {odd[0]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != values[name].shape:
+            raise ValueError(f"{name}: {tuple(values[name].shape)} for {tuple(parameter.shape)}")
+        parameter.copy_(values[name])
+
+
+class DivergenceGuard:
+    """Stops a run whose loss or gradient is not finite, or whose loss has exploded.
+
+    Exploded means: the mean of the last ten losses is more than ten times that of the first ten
+    and more than 10. Targets have unit variance, so a denoiser that knows nothing has a loss of 1.
+    """
+
+    WINDOW = 10
+    FACTOR = 10.0
+
+    def __init__(self, first: Sequence[float] = ()) -> None:
+        """Start, or go on with the ``first`` losses of the run that is resumed."""
+        self.first = list(first)
+        self.last: deque[float] = deque(maxlen=self.WINDOW)
+
+    def check(self, loss: float, grad_norm: float | None) -> str | None:
+        """Take in one step; returns what is wrong, or None.
+
+        Args:
+            loss: of the step.
+            grad_norm: before clipping; None where a gradient scaler deals with overflow.
+        """
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            return f"the gradient's norm is {grad_norm}"
+        if len(self.first) < self.WINDOW:
+            self.first.append(loss)
+        self.last.append(loss)
+        mean = sum(self.last) / len(self.last)
+        limit = self.FACTOR * max(1.0, sum(self.first) / len(self.first))
+        if len(self.last) == self.WINDOW and mean > limit:
+            return f"the loss has exploded (mean of the last {self.WINDOW} steps: {mean:.3g})"
+        return None
+
+
+class StopSignal:
+    """Remembers Ctrl-C or SIGTERM until the step at hand is finished; a second one is obeyed.
+
+    Use as a context manager around the loop; outside the main thread it never fires.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

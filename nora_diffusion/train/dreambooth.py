@@ -1,0 +1,328 @@
+"""The DreamBooth recipe: from a few photos of a subject to an adapter that can draw it.
+
+Read from top to bottom: load, freeze, encode everything once, add the adapter, loop, save. After
+Ruiz et al. 2023 (arXiv 2208.12242); a class image is an item with a weight of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
+from nora_diffusion.data.dataset import class_prompt
+from nora_diffusion.families import load_family
+from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.schema import get_key, list_keys
+from nora_diffusion.settings import quote
+from nora_diffusion.train import adapters, common
+from nora_diffusion.train.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    newest_path,
+    save_checkpoint,
+)
+from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.outcome import draw_sheet, write_outcome
+from nora_diffusion.train.report import Report
+from nora_diffusion.train.session import Session
+
+
+def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
+    """Train an adapter as the config says.
+
+    Args:
+        cfg: the settings.
+        resume: continue the run in ``output.dir`` from its newest checkpoint; the weights come out
+            bit-identical to those of a run that was never stopped.
+
+    Returns:
+        The run folder, with ``adapter.safetensors``, the LoRA export, model card and samples.
+
+    Raises:
+        UserError: on settings, photos or a folder that cannot be used.
+        TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
+        TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+    """
+    folder = _open_folder(cfg, resume)
+    report = Report(
+        folder,
+        total_steps=cfg.train.steps,
+        log_every=cfg.train.log_every,
+        tensorboard=cfg.output.tensorboard,
+    )
+    with report, _failures_reported(report):
+        checkpoint = newest_checkpoint(folder) if resume else None
+        if checkpoint is not None:
+            _check_settings(cfg, checkpoint)
+        session = prepare(cfg, folder, report, checkpoint)
+        train(session)
+        write_outcome(session)
+        report.event("done", session.step, message=f"finished; everything is in {folder}")
+    return folder
+
+
+def prepare(
+    cfg: DreamboothConfig, folder: Path, report: Report, checkpoint: Checkpoint | None = None
+) -> Session:
+    """Load the base, encode pictures and prompts, add the adapter, make the optimiser.
+
+    With a checkpoint the session goes on from there.
+    """
+    device = resolve_device(cfg.model.device)
+    dtype = resolve_dtype(cfg.model.dtype, device)
+    family = load_family(cfg.model.base, family=cfg.model.family, dtype=dtype, device=device)
+    parts = family.components
+    base_hash = common.weights_digest(parts.denoiser)
+    inputs = encode_inputs(cfg, family, report)
+    parts.free_image_encoder()
+    if not cfg.text_encoder.train:
+        parts.free_text_encoders()
+
+    fitted = checkpoint.tensors.get("outer") if checkpoint else None
+    adapters.add_adapters(cfg, family, inputs, fitted)
+    models = adapters.adapted_models(cfg, family)
+    if cfg.train.gradient_checkpointing:
+        adapters.checkpoint_gradients(models)
+    parameters = adapters.trained_parameters(models)
+    of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
+    of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
+    text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate
+    groups = [(of_denoiser, cfg.train.learning_rate), (of_text, text_lr)]
+    decay = cfg.train.ema_decay
+    report.say(
+        f"{parts.base} ({family.summary}, {str(dtype).removeprefix('torch.')} on {device}): "
+        f"{len(inputs.photos)} photos, {len(parameters) // 2} modules, "
+        f"{sum(p.numel() for p in parameters.values()):,} trained parameters"
+    )
+    session = Session(
+        cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
+        models=models, parameters=parameters,
+        optimizer=common.make_adamw(groups, cfg.train.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=None if decay is None else common.MovingAverage(parameters, decay),
+        guard=common.DivergenceGuard(),
+    )  # fmt: skip
+    if checkpoint is not None:
+        _restore(session, checkpoint)
+    return session
+
+
+def train(session: Session) -> None:
+    """The loop: from ``session.step`` to ``train.steps``."""
+    cfg, report = session.cfg.train, session.report
+    parameters = list(session.parameters.values())
+    resumed = f", resumed at step {session.step}" if session.step else ""
+    report.event("start", session.step, message=f"{cfg.steps} steps{resumed}")
+    for model in session.models.values():
+        model.train()
+    report.start_loop(session.step)
+    with common.StopSignal() as stop:
+        while session.step < cfg.steps:
+            factor = common.lr_factor(session.step, cfg.lr_schedule, cfg.lr_warmup_steps, cfg.steps)
+            lr = common.set_lr(session.optimizer, factor)
+            loss = sum(
+                accumulate_gradients(session, micro_step)
+                for micro_step in range(cfg.gradient_accumulation_steps)
+            )
+            session.scaler.unscale_(session.optimizer)
+            norm = float(nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+            _stop_if_diverged(session, loss, norm)
+            session.scaler.step(session.optimizer)
+            session.scaler.update()
+            session.optimizer.zero_grad()
+            if session.ema is not None:
+                session.ema.update(session.step)
+            session.step += 1
+            report.step(session.step, loss, lr)
+
+            last = session.step == cfg.steps
+            if last or stop.name or _due(session.step, cfg.checkpoint_every):
+                _save_checkpoint(session)
+            if stop.name and not last:
+                _stop(session, stop.name)
+            if not last and _due(session.step, session.cfg.sample.every):
+                draw_sheet(session, session.run / f"samples/step-{session.step}.png")
+            report.pause()
+    report.end_loop()
+
+
+def accumulate_gradients(session: Session, micro_step: int) -> float:
+    """One forward and backward pass; returns its share of the step's loss."""
+    cfg, family, inputs = session.cfg.train, session.family, session.inputs
+    generator = common.step_generator(cfg.seed, session.step, micro_step)
+    count = session.step * cfg.gradient_accumulation_steps + micro_step
+    indices = inputs.dataset.batch(count * cfg.batch_size, cfg.batch_size)
+    latents, weights = inputs.latents[indices], inputs.weights[indices]
+    rows = [inputs.prompt_rows[index] for index in indices]
+    if session.cfg.text_encoder.train:
+        conditioning = family.encode_prompts([inputs.prompts[row] for row in rows])
+    else:
+        conditioning = inputs.conditioning.select(rows)
+    denoiser = family.components.denoiser
+    losses = family.loss(
+        denoiser, latents, conditioning, generator, min_snr_gamma=cfg.min_snr_gamma
+    )
+    loss = (losses * weights).mean() / cfg.gradient_accumulation_steps
+    session.scaler.scale(loss).backward()
+    total = loss.item()
+    if cfg.prior == "base_prediction":
+        losses = _base_prediction_losses(session, latents, generator)
+        loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
+        # Backward apart from the subject's: half the activations are alive at a time.
+        session.scaler.scale(loss).backward()
+        total += loss.item()
+    return total
+
+
+def _base_prediction_losses(
+    session: Session, latents: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """(B,) losses that hold the answer to the class prompt at what the base answers."""
+    family, inputs = session.family, session.inputs
+    denoiser = family.components.denoiser
+
+    def base(*args: Any, **kwargs: Any) -> Any:
+        with adapters.switched_off(denoiser):
+            return denoiser(*args, **kwargs)
+
+    of_base = inputs.class_conditioning.repeat(len(latents))
+    conditioning = of_base
+    if session.cfg.text_encoder.train:
+        prompt = class_prompt(session.cfg.data.class_name)
+        conditioning = family.encode_prompts([prompt]).repeat(len(latents))
+    return family.loss(
+        denoiser,
+        latents,
+        conditioning,
+        generator,
+        min_snr_gamma=session.cfg.train.min_snr_gamma,
+        reference=(base, of_base),
+    )
+
+
+def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
+    # Under float16 the scaler skips a step whose gradient overflows, which is no divergence.
+    problem = session.guard.check(loss, None if session.scaler.is_enabled() else grad_norm)
+    if problem is None:
+        return
+    good = newest_path(session.run)
+    rate = session.cfg.train.learning_rate
+    raise common.TrainingDiverged(
+        f"stopped at step {session.step + 1}: {problem}. "
+        + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. ")
+        + f"Start a new run with a lower train.learning_rate (now {rate:g}), or with "
+        'model.dtype = "fp32" if it was not'
+    )
+
+
+def _stop(session: Session, signal_name: str) -> None:
+    command = f"nora-dreambooth --resume {shlex.quote(str(session.run))}"
+    message = f"stopped by {signal_name} after step {session.step}; continue with: {command}"
+    session.report.event("stopped", session.step, message=message)
+    raise common.TrainingInterrupted(message)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _save_checkpoint(session: Session) -> None:
+    tensors = {
+        "trained": {name: p.detach() for name, p in session.parameters.items()},
+        "optimizer": common.optimizer_tensors(session.optimizer, session.parameters),
+        "outer": adapters.fitted_factors(session.models),
+        "ema": {} if session.ema is None else session.ema.average,
+    }
+    state = {
+        "settings": _fixed_settings(session.cfg),
+        "data": session.inputs.digest,
+        "base_hash": session.base_hash,
+        "scaler": session.scaler.state_dict(),
+        "first_losses": session.guard.first,
+    }
+    keep = session.cfg.train.checkpoints_keep
+    used = {stem: named for stem, named in tensors.items() if named}
+    path = save_checkpoint(session.run, session.step, state, used, keep)
+    session.report.event("checkpoint", session.step, message=str(path.relative_to(session.run)))
+
+
+def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state into a fresh session.
+
+    Raises:
+        UserError: when photos or base are no longer those of the run.
+    """
+    cfg, state = session.cfg, checkpoint.state
+    for key, given, now in (
+        (f'data.subject = "{cfg.data.subject}"', "data", session.inputs.digest),
+        (f'model.base = "{cfg.model.base}"', "base_hash", session.base_hash),
+    ):
+        if state[given] != now:
+            raise UserError(
+                f"{key}: not what it was when {checkpoint.path} was written, so the run cannot be "
+                "continued; bring the old files back, or start a new run in another output.dir"
+            )
+    common.copy_into(session.parameters, checkpoint.tensors["trained"])
+    common.load_optimizer_tensors(
+        session.optimizer, session.parameters, checkpoint.tensors["optimizer"]
+    )
+    if session.ema is not None:
+        average = checkpoint.tensors["ema"]
+        for name, tensor in session.ema.average.items():
+            tensor.copy_(average[name])
+    if session.scaler.is_enabled():
+        session.scaler.load_state_dict(state["scaler"])
+    session.guard = common.DivergenceGuard(state["first_losses"])
+    session.step = checkpoint.step
+
+
+def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:
+    """Settings that finished steps depend on, as JSON values."""
+    fixed = {
+        key.name: get_key(cfg, key.name)
+        for key in list_keys(DreamboothConfig)
+        if not key.resume and key.name != "output.dir"
+    }
+    return json.loads(json.dumps(fixed))
+
+
+def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:
+    then, now = checkpoint.state["settings"], _fixed_settings(cfg)
+    changed = [name for name in now if then.get(name) != now[name]]
+    if changed:
+        listed = "".join(f"\n  {n} = {quote(now[n])}, was {quote(then.get(n))}" for n in changed)
+        raise UserError(
+            f"{checkpoint.path} was trained with other settings, so the run cannot be continued "
+            f"with these:{listed}\nchange them back, or start a new run in another output.dir"
+        )
+
+
+def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
+    folder = Path(cfg.output.dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and any(not path.name.startswith(f".{RUN_CONFIG}.") for path in folder.iterdir()):
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: is not empty; continue the run in it with "
+            f"nora-dreambooth --resume {shlex.quote(str(folder))}, or give another --output.dir"
+        )
+    save_config(cfg, folder)
+    return folder
+
+
+@contextmanager
+def _failures_reported(report: Report) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        report.event("error", message=str(error) or type(error).__name__)
+        raise

@@ -1,0 +1,116 @@
+"""The README.md of a run folder: what the adapter is, how to use it, how it was made."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from nora_diffusion import __version__
+from nora_diffusion.train.inputs import scene_prompts
+from nora_diffusion.train.session import Session
+
+_LORA = """
+The same adapter as a LoRA file, for other programs (exact, not an approximation):
+
+```python
+from nora_diffusion import load_pipeline
+
+pipe = load_pipeline({base})
+pipe.load_lora_weights("pytorch_lora_weights.safetensors")
+image = pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+image.save("example_lora.png")
+```
+"""
+
+_CARD = """---
+base_model: {base_yaml}
+library_name: diffusers
+pipeline_tag: text-to-image
+instance_prompt: {instance}
+tags: [nora, lora, dreambooth, text-to-image]
+---
+# {title}
+
+A NoRA adapter that teaches `{base_name}` the subject **{trigger} {class_name}** from {photos}.
+
+![samples](samples/sheet.png)
+
+Before and after, with the same seeds: [before_after.png](before_after.png).
+
+## Use
+
+In this folder:
+
+```python
+from nora_diffusion import load_adapter, load_pipeline
+
+pipe = load_pipeline({base})
+load_adapter(pipe, "adapter.safetensors")
+image = pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+image.save("example.png")
+```
+{lora}
+## Training
+
+| | |
+|---|---|
+{table}
+
+All settings: [config.toml](config.toml); the course of the run: [events.jsonl](events.jsonl).
+
+## Limits
+
+Pictures made with it are AI-generated and should be labelled so. It draws what the base model can
+draw, from few photos; details of the subject may be wrong. Do not use it to depict a person
+without their consent. The licence of the base model applies to what it makes.
+"""
+
+
+def model_card(session: Session) -> str:
+    """Text of the model card; its snippets run as they are, in the run folder."""
+    cfg, parts = session.cfg, session.family.components
+    # A compact file fits the base in the number format it was trained on.
+    dtype = "" if parts.dtype == torch.float32 else f", dtype={parts.dtype}"
+    base = f"{parts.base!r}{dtype}"
+    sampling = {
+        "base": base,
+        "prompt": repr(scene_prompts(cfg)[0]),
+        "steps": cfg.sample.steps,
+        "guidance": cfg.sample.guidance,
+    }
+    count = len(session.inputs.photos)
+    lora = _LORA.format(**sampling) if cfg.output.lora else ""
+    card = _CARD.format(
+        **sampling,
+        base_yaml=json.dumps(parts.base),
+        base_name=parts.base,
+        instance=json.dumps(f"a {cfg.data.trigger} {cfg.data.class_name}"),
+        title=f"{cfg.data.trigger} {cfg.data.class_name}",
+        trigger=cfg.data.trigger,
+        class_name=cfg.data.class_name,
+        photos=f"{count} photo" + ("s" if count != 1 else ""),
+        lora=lora,
+        table=_table(session),
+    )
+    if dtype:
+        card = card.replace("```python\n", "```python\nimport torch\n")
+    return card
+
+
+def _table(session: Session) -> str:
+    cfg, train = session.cfg, session.cfg.train
+    rows = {
+        "base": f"`{session.family.components.base}` (SHA-256 {session.base_hash[:16]}…)",
+        "outer rank, inner rank": f"{cfg.adapter.r}, {cfg.adapter.inner_r}",
+        "basis, initialisation": f"{cfg.adapter.basis}, {cfg.adapter.init}",
+        "modules": f"{len(session.parameters) // 2}",
+        "trained parameters": f"{sum(p.numel() for p in session.parameters.values()):,}",
+        "steps": f"{session.step}",
+        "batch": f"{train.batch_size} × {train.gradient_accumulation_steps}",
+        "learning rate": f"{train.learning_rate:g}, {train.lr_schedule}",
+        "prior": train.prior,
+        "seed": f"{train.seed}",
+        "made with": f"nora-diffusion {__version__}",
+    }
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -1,0 +1,160 @@
+"""What a run leaves behind: sheets, samples, the adapter, its LoRA export, the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.adapter.lora import export_lora
+from nora_diffusion.data.images import square
+from nora_diffusion.families.base import DTYPES
+from nora_diffusion.sampling import (
+    ADAPTER_FILE,
+    before_after_sheet,
+    contact_sheet,
+    picture_path,
+    sample_conditioning,
+    save_png,
+)
+from nora_diffusion.train import adapters
+from nora_diffusion.train.inputs import scene_prompts
+from nora_diffusion.train.model_card import model_card
+from nora_diffusion.train.session import Session
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+CARD_FILE = "README.md"
+SHEET = "samples/sheet.png"
+BEFORE_AFTER = "before_after.png"
+
+
+def draw_sheet(session: Session, path: Path) -> None:
+    """Write a validation sheet of ``sample.prompts`` and announce it."""
+    _write_sheet(session, _draw(session), path)
+
+
+def write_outcome(session: Session) -> None:
+    """Write everything a finished run folder holds; doing it again replaces it."""
+    cfg, run = session.cfg, session.run
+    with _averaged(session):
+        save_adapter(
+            session.family.components.pipeline,
+            run / ADAPTER_FILE,
+            adapters.NAME,
+            portable=_portable(session),
+            dtype=None if cfg.output.dtype is None else DTYPES[cfg.output.dtype],
+            metadata=describe(session),
+        )
+    if cfg.output.lora:
+        export_lora(run / ADAPTER_FILE, run / LORA_FILE, base=session.family.components.pipeline)
+    session.report.say(f"drawing the samples in {run / 'samples'}")
+    after = _draw(session)
+    before = _draw(session, adapted=False)
+    _write_samples(session, after)
+    _write_sheet(session, after, run / SHEET)
+    side = session.family.resolution_px
+    photos = [square(photo.open(), side) for photo in session.inputs.photos]
+    compared = before_after_sheet(photos, scene_prompts(cfg), before, after)
+    save_png(compared, run / BEFORE_AFTER, _origin(session))
+    session.report.picture(session.step, run / BEFORE_AFTER, compared, "before and after")
+    (run / CARD_FILE).write_text(model_card(session), encoding="utf-8")
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """What the adapter file says of its origin."""
+    cfg, parts = session.cfg, session.family.components
+    return {
+        "base": parts.base,
+        "base_hash": session.base_hash,
+        "family": session.family.name,
+        "trigger": cfg.data.trigger,
+        "class_name": cfg.data.class_name,
+        "steps": session.step,
+        "training": {
+            "photos": len(session.inputs.photos),
+            "batch_size": cfg.train.batch_size * cfg.train.gradient_accumulation_steps,
+            "learning_rate": cfg.train.learning_rate,
+            "prior": cfg.train.prior,
+            "seed": cfg.train.seed,
+            "dtype": str(parts.dtype).removeprefix("torch."),
+        },
+    }
+
+
+@contextmanager
+def _averaged(session: Session) -> Iterator[None]:
+    """The moving average in place of the parameters, where there is one."""
+    if session.ema is None:
+        yield
+        return
+    with session.ema.applied():
+        yield
+
+
+@torch.no_grad()
+def _draw(session: Session, *, adapted: bool = True) -> list[list[Image.Image]]:
+    """Pictures of ``sample.prompts``, a row each, with the adapter or by the base alone."""
+    cfg, family, inputs = session.cfg.sample, session.family, session.inputs
+    seeds = range(cfg.seed, cfg.seed + cfg.n)
+    settings: dict[str, Any] = {"steps": cfg.steps, "guidance": cfg.guidance}
+    models = list(session.models.values())
+    for model in models:
+        model.eval()
+    try:
+        if not adapted:
+            with adapters.switched_off(*models):
+                return sample_conditioning(
+                    family, inputs.scenes, inputs.negative, seeds, **settings
+                )
+        with _averaged(session):
+            scenes, negative = inputs.scenes, inputs.negative
+            if session.cfg.text_encoder.train:
+                scenes = family.encode_prompts(scene_prompts(session.cfg))
+                negative = family.encode_prompts([cfg.negative_prompt])
+            return sample_conditioning(family, scenes, negative, seeds, **settings)
+    finally:
+        for model in models:
+            model.train()
+
+
+def _write_sheet(session: Session, rows: list[list[Image.Image]], path: Path) -> None:
+    cfg = session.cfg.sample
+    columns = [f"seed {cfg.seed + index}" for index in range(cfg.n)]
+    sheet = contact_sheet(rows, scene_prompts(session.cfg), columns, title=f"step {session.step}")
+    save_png(sheet, path, _origin(session))
+    session.report.picture(session.step, path, sheet, "samples")
+
+
+def _write_samples(session: Session, rows: list[list[Image.Image]]) -> None:
+    seed = session.cfg.sample.seed
+    for index, (prompt, row) in enumerate(zip(scene_prompts(session.cfg), rows, strict=True)):
+        for offset, image in enumerate(row):
+            path = picture_path(session.run / "samples", index, prompt, seed + offset)
+            origin = {"prompt": prompt, "seed": seed + offset, **_origin(session)}
+            save_png(image, path, origin)
+
+
+def _origin(session: Session) -> dict[str, Any]:
+    cfg = session.cfg.sample
+    return {
+        "negative_prompt": cfg.negative_prompt,
+        "steps": cfg.steps,
+        "guidance": cfg.guidance,
+        "adapter": ADAPTER_FILE,
+        "training_steps": session.step,
+        "base": session.family.components.base,
+        "family": session.family.name,
+    }
+
+
+def _portable(session: Session) -> bool:
+    """Whether the file must carry the outer factors: only if no weight yields them again."""
+    if session.cfg.output.portable is not None:
+        return session.cfg.output.portable
+    return session.cfg.adapter.basis in DATA_BASES

@@ -1,0 +1,121 @@
+"""What a run tells: progress bar, ``events.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from nora_diffusion.config import UserError
+from nora_diffusion.events import EventLog, EventName
+
+EVENTS = "events.jsonl"
+
+
+class Report:
+    """The channels of one run; close it, or use it as a context manager.
+
+    The progress bar appears with the first step.
+    """
+
+    def __init__(
+        self, run: Path, *, total_steps: int, log_every: int, tensorboard: bool = False
+    ) -> None:
+        """Open the run's event log.
+
+        Raises:
+            UserError: when TensorBoard is asked for and not installed.
+        """
+        self.run = run
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self._events = EventLog(run / EVENTS)
+        self._board = _open_tensorboard(run) if tensorboard else None
+        self._bar: tqdm[Any] | None = None
+        self._losses: list[float] = []
+        self._training_s = 0.0
+        self._steps = 0
+        self._lap = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close bar and TensorBoard; events can still be written."""
+        self.end_loop()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        tqdm.write(message)
+
+    def event(self, event: EventName, step: int | None = None, **fields: Any) -> None:
+        """Write one event; see ``events.EventLog.write``."""
+        self._events.write(event, step, **fields)
+
+    def start_loop(self, step: int) -> None:
+        """Show the bar, and measure time from here on."""
+        self._bar = tqdm(
+            total=self.total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True
+        )
+        self._lap = time.monotonic()
+
+    def end_loop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def step(self, step: int, loss: float, lr: float) -> None:
+        """Take in a finished step; ``step`` counts those completed."""
+        now = time.monotonic()
+        self._training_s += now - self._lap
+        self._lap = now
+        self._steps += 1
+        self._losses.append(loss)
+        if self._bar is not None:
+            mean = sum(self._losses) / len(self._losses)
+            self._bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.1e}", refresh=False)
+            self._bar.update()
+        if step % self.log_every == 0 or step == self.total_steps:
+            self._flush(step, lr)
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of rate and ETA (checkpoints, sheets)."""
+        self._lap = time.monotonic()
+
+    def picture(self, step: int, path: Path, image: Image.Image, message: str) -> None:
+        """Announce a picture that was written into the run folder."""
+        shown = path.relative_to(self.run).as_posix()
+        self.event("sample", step, image=shown, message=message)
+        if self._board is not None:
+            self._board.add_image(message, np.asarray(image), step, dataformats="HWC")
+
+    def _flush(self, step: int, lr: float) -> None:
+        loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        eta_s = (self.total_steps - step) * self._training_s / self._steps
+        self.event("step", step, loss=loss, lr=lr, eta_s=round(eta_s, 1))
+        if self._board is not None:
+            self._board.add_scalar("loss", loss, step)
+            self._board.add_scalar("lr", lr, step)
+            self._board.add_scalar("steps_per_s", self._steps / self._training_s, step)
+
+
+def _open_tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "output.tensorboard = true: TensorBoard is not installed; run: "
+            'pip install "nora-diffusion[tensorboard]", or leave the key out'
+        ) from error
+    return SummaryWriter(str(run / "tensorboard"))
