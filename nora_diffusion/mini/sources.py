@@ -26,12 +26,16 @@ COMMON_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activit
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: its Unicode `name`, the `noun` that captions say, its class word and its file."""
+    """One emoji: its Unicode `name`, the `noun` that captions say, its class word and its file.
+
+    `frame` chooses a picture of an animated file.
+    """
 
     name: str
     noun: str
     class_name: str
     path: Path
+    frame: int = 0
 
 
 @cache
@@ -59,9 +63,9 @@ def fetch(package: str, work: Path) -> Path:
         return folder / "package"
     folder.mkdir(parents=True, exist_ok=True)
     spec = f"{package}@{PACKAGES[package]}"
-    command = ["npm", "pack", "--json", "--pack-destination", str(folder), spec]
+    command = ["npm", "pack", "--pack-destination", str(folder), spec]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
         raise RuntimeError(f"npm is needed to fetch {spec}; install Node.js") from error
     except subprocess.CalledProcessError as error:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.11+ (with venv), git and make; they install the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Offline by default: nothing below may wait for a hub that is not needed.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-long lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
+	touch $@
+
+# The main job on the built-in base: learns the sample subject and writes runs/demo/before_after.png.
+demo: $(VENV)/.installed
+	rm -rf runs/demo
+	$(BIN)/nora-dreambooth mini --output.dir runs/demo
+	@echo "Look at runs/demo/before_after.png, then try your own photos:"
+	@echo "  $(BIN)/nora-dreambooth mini --data.subject FOLDER --data.class_name dog --output.dir runs/mine"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python scripts/peft_suite.py
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
