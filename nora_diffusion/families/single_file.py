@@ -79,10 +79,11 @@ def load_single_file(
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP tokenizer: the shipped vocabulary with the settings of a model config folder."""
-    if (folder / "tokenizer" / "vocab.json").is_file():
-        return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    """CLIP tokenizer of a model config folder, by default with the shipped vocabulary."""
+    own = folder / "tokenizer"
+    if (own / "tokenizer.json").is_file() or (own / "vocab.json").is_file():
+        return CLIPTokenizer.from_pretrained(str(own), local_files_only=True)
+    settings = json.loads((own / "tokenizer_config.json").read_text())
     settings.pop("tokenizer_class", None)
     vocabulary = ASSETS / "tokenizers" / "clip"
     return CLIPTokenizer(

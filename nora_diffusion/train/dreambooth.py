@@ -146,7 +146,7 @@ def train(session: Session) -> None:
             last = session.step == cfg.steps
             if last or stop.name or _due(session.step, cfg.checkpoint_every):
                 _save_checkpoint(session)
-            if stop.name and not last:
+            if stop.name:
                 _stop(session, stop.name)
             if not last and _due(session.step, session.cfg.sample.every):
                 draw_sheet(session, session.run / f"samples/step-{session.step}.png")
