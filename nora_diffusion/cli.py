@@ -22,6 +22,10 @@ from nora_diffusion.schema import list_keys
 from nora_diffusion.settings import quote, to_toml
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+MEMORY_CURES = (
+    "The GPU's memory is full. Try dtype bf16 and a smaller resolution; in training also "
+    "--train.batch_size 1 and --train.gradient_checkpointing true."
+)
 
 
 def main_dreambooth(argv: Sequence[str] | None = None) -> int:
@@ -50,14 +54,8 @@ def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[st
             raise
         print(f"{prog}: error: {error}", file=sys.stderr)
         if type(error).__name__ == "OutOfMemoryError":
-            print(_MEMORY_CURES, file=sys.stderr)
+            print(MEMORY_CURES, file=sys.stderr)
         return code
-
-
-_MEMORY_CURES = (
-    "The GPU's memory is full. Try, in this order: --model.dtype bf16, "
-    "--train.gradient_checkpointing true, --train.batch_size 1, a smaller --data.resolution_px."
-)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -71,8 +69,6 @@ def _exit_code(error: Exception) -> int | None:
         return USER_ERROR
     if raised("nora_diffusion.adapter.header", "AdapterFileError"):
         return USER_ERROR
-    if raised("nora_diffusion.train.common", "TrainingDiverged"):
-        return FAILED
     return FAILED if raised("torch", "OutOfMemoryError") else None
 
 
@@ -150,10 +146,10 @@ def _settle(
     source: str | None, resume: str | None, overrides: list[str]
 ) -> tuple[DreamboothConfig, bool]:
     """The config to train with, and whether it continues a run."""
-    if resume is not None and (Path(resume) / RUN_CONFIG).is_file():
-        config = load_run(resume, overrides)
+    own = None if resume is None else Path(resume).expanduser() / RUN_CONFIG
+    if own is not None and own.is_file():
+        config = load_run(own.parent, overrides)
         if source is not None:
-            own = Path(resume) / RUN_CONFIG
             print(f"resuming with the run's own settings ({own}), not {source}", file=sys.stderr)
         return config, True
     if source is None:
@@ -166,7 +162,7 @@ def _settle(
     if resume is not None:
         overrides = [*overrides, f"output.dir={resume}"]
     config = load_config(source, overrides)
-    _refuse_used_folder(Path(config.output.dir), resume is not None)
+    _refuse_used_folder(Path(config.output.dir).expanduser(), resume is not None)
     return config, False
 
 
@@ -202,6 +198,6 @@ def _dry_run(config: DreamboothConfig) -> int:
 
 
 def _how_to_resume(config: DreamboothConfig) -> str:
-    if not (Path(config.output.dir) / RUN_CONFIG).is_file():
+    if not (Path(config.output.dir).expanduser() / RUN_CONFIG).is_file():
         return "nothing had been written yet"
     return f"continue with: nora-dreambooth --resume {shlex.quote(config.output.dir)}"

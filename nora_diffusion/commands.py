@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = command("info", _info, "show what an adapter file says of itself")
     info.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    info.add_argument("--base", help="base model to check the recorded fingerprints against")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
     targets = command("targets", _targets, "list what can be adapted in a base model")
@@ -113,13 +114,17 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from nora_diffusion import adapter_info, export_lora
+    from nora_diffusion.families.base import DTYPES
     from nora_diffusion.sampling import adapter_path
 
     path = adapter_path(args.source)
-    base = args.base or adapter_info(path).get("base")
+    base = args.base or adapter_info(path)["base"]
     if not base:
         raise UserError(f"{path}: it does not name its base model; give one with --base")
-    print(export_lora(path, args.out, layout=args.layout, base=base, dtype=args.dtype) or args.out)
+    try:
+        print(export_lora(path, args.out, args.layout, base, DTYPES.get(args.dtype)))
+    except ValueError as error:  # a layout that has no names for this model
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -127,14 +132,16 @@ def _info(args: argparse.Namespace) -> int:
     from nora_diffusion import adapter_info
     from nora_diffusion.sampling import adapter_path
 
-    info = adapter_info(adapter_path(args.source))
+    info = adapter_info(adapter_path(args.source), args.base)
     if args.json:
         print(json.dumps(info, indent=2, default=str))
         return 0
+    details = ("components", "metadata")  # for --json
     for name, value in info.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
-        print(f"{name:21} {value}")
+        if name not in details:
+            print(f"{name:21} {'-' if value is None else value}")
     return 0
 
 

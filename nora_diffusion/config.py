@@ -123,7 +123,10 @@ class Data(Section):
     """The photos and the words for them."""
 
     subject: str = setting(
-        ..., "Folder with 1 to 20 photos of the subject (any format Pillow reads).", min_length=1
+        ...,
+        "Folder with 1 to 20 photos of the subject; on resume only another place of the same ones.",
+        min_length=1,
+        resume=True,
     )
     class_name: str = setting(
         ..., 'Common noun for the subject, such as "dog" or "toy".', min_length=1
@@ -292,13 +295,9 @@ def find_config(source: str | Path) -> Path:
     if str(source) in shipped:
         return shipped[str(source)]
     near = difflib.get_close_matches(str(source), shipped, n=1)
-    raise ConfigError(
-        [
-            f"CONFIG = {quote(str(source))}: no such file, and no shipped config of that name "
-            f"({', '.join(shipped)})" + (f"; did you mean {near[0]}?" if near else "")
-        ],
-        "the command line",
-    )
+    problem = f"CONFIG = {quote(str(source))}: no such file, nor one of {', '.join(shipped)}"
+    problem += f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError([problem], "the command line")
 
 
 def save_config(config: DreamboothConfig, folder: str | Path) -> Path:
@@ -340,17 +339,11 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothCon
         if not key.resume and _differs(key.name, before, after)
     ]
     if contradictions:
-        raise ConfigError(
-            contradictions,
-            f"the settings for resuming {folder}",
-            f"A resumed run can change only {free}; for others start a new run in another "
-            "--output.dir.",
-        )
+        cure = f"A resumed run can change only {free}; for others start one in a new output.dir."
+        raise ConfigError(contradictions, f"the settings for resuming {folder}", cure)
     return after
 
 
 def _differs(name: str, before: DreamboothConfig, after: DreamboothConfig) -> bool:
     old, new = get_key(before, name), get_key(after, name)
-    if name == "output.dir":
-        return Path(old).resolve() != Path(new).resolve()
-    return old != new
+    return Path(old).resolve() != Path(new).resolve() if name == "output.dir" else old != new

@@ -183,7 +183,7 @@ def test_a_byte_order_mark_is_no_problem(toml):
 
 
 def test_unknown_config_names_the_shipped_ones():
-    with pytest.raises(UserError, match="no such file.*mini, .*did you mean mini?"):
+    with pytest.raises(UserError, match="no such file, nor one of mini, .*did you mean mini?"):
         load_config("minni")
 
 
