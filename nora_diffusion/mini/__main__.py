@@ -2,7 +2,7 @@
 
 Every stage continues from its last checkpoint in the work folder, on the CPU or on CUDA::
 
-    python -m nora_diffusion.mini all                     # 64 px, common emoji, about 2 h on 2 cores
+    python -m nora_diffusion.mini all                    # 64 px, common emoji, ~3 h on 2 cores
     python -m nora_diffusion.mini all --preset gpu        # 128 px, full set
     python -m nora_diffusion.mini score --photos FOLDER   # of the shipped weights
 """

@@ -97,9 +97,10 @@ class Compositor:
     ):
         random = Random(seed)
         self.concepts, self.size_px, self.device = concepts, size_px, torch.device(device)
-        # A texture pyramid of two levels: bilinear sampling of one level aliases when it shrinks.
+        # Two levels of texture: bilinear sampling of a single one aliases when it shrinks.
         stacked = [
-            np.stack([rgba(c.path, side, c.frame) for c in concepts]) for side in (size_px, size_px // 2)
+            np.stack([rgba(c.path, side, c.frame) for c in concepts])
+            for side in (size_px, size_px // 2)
         ]
         self.textures = [torch.from_numpy(s).to(self.device, torch.float16) for s in stacked]
         drawn = [draw_background(size_px, random) for _ in range(backgrounds)]

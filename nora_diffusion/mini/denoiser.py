@@ -16,8 +16,8 @@ from nora_diffusion.mini.sources import concepts, write_manifest
 from nora_diffusion.mini.state import Trained, learning_rate_at, load_state, save_state
 from nora_diffusion.mini.text import WIDTH, build_text_encoder, build_tokenizer
 
-CHUNK = 6144  # composites encoded at once; a resumed run starts at a chunk's beginning
-PASSES = 3  # times a chunk is shown, each with new noise: encoding costs a fifth of a step
+CHUNK = 4096  # composites encoded at once; a resumed run starts at a chunk's beginning
+PASSES = 2  # times a chunk is shown, each with new noise: encoding costs a fifth of a step
 UNCONDITIONAL = 0.1  # share of captions dropped, for classifier-free guidance
 
 
@@ -79,8 +79,8 @@ def v_loss(
     noise = torch.randn(shape, generator=generator).to(device)
     top = scheduler.config["num_train_timesteps"]
     timesteps = torch.randint(0, top, (shape[0],), generator=generator).to(device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    target = scheduler.get_velocity(latents, noise, timesteps)
+    noisy = scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    target = scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
     return F.mse_loss(model(noisy, timesteps, token_ids).float(), target)
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: the trained parts as a diffusers folder that `StableDiffusionPipeline` loads as it is."""
+"""Stage 3: the trained parts as a folder that plain `StableDiffusionPipeline` loads."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def build_pipeline(
 
 
 def export(pipeline: StableDiffusionPipeline, folder: Path, name: str, recipe: dict) -> str:
-    """Writes the pipeline in fp16 with its name, recipe and hash (``mini.json``); returns the hash."""
+    """Writes the pipeline in fp16 and ``mini.json`` (name, hash, recipe); returns the hash."""
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=PART_LIMIT)
     digest = weights_hash(folder)

@@ -70,9 +70,7 @@ def fetch(package: str, work: Path) -> Path:
         raise RuntimeError(f"npm is needed to fetch {spec}; install Node.js") from error
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"npm could not fetch {spec}: {error.stderr.strip()}") from error
-    archive = folder / Path(
-        json.loads(done.stdout)[0]["filename"].replace("@", "").replace("/", "-")
-    )
+    archive = next(folder.glob("*.tgz"))
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     archive.unlink()

@@ -3,11 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], progress: dict) -> None:
@@ -28,7 +31,7 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         return tensors, json.loads(file.metadata()["progress"])
 
 
-class Trained:
+class Trained(Generic[Module]):
     """A module under training: its AdamW state and an average of its weights, saved together.
 
     Args:
@@ -40,7 +43,7 @@ class Trained:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Module,
         learning_rate: float,
         ema_decay: float = 0.999,
         weight_decay: float = 0.0,
@@ -63,10 +66,11 @@ class Trained:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
         return float(norm)
 
-    def use_average(self) -> nn.Module:
+    def use_average(self) -> Module:
         """Copies the averaged weights into the module and returns it; for export and scoring."""
         for parameter, average in zip(self.parameters, self.average, strict=True):
             parameter.data.copy_(average)
@@ -87,12 +91,13 @@ class Trained:
         for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             parameter.data.copy_(tensors[f"weight.{name}"])
             self.average[i].copy_(tensors[f"average.{name}"])
-            state = {k: tensors.get(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:
-                moments = {k: v.to(parameter.device) for k, v in state.items() if k != "step"}
-                for key, value in moments.items():
-                    moments[key] = value.to(memory_format=torch.preserve_format)
-                self.optimizer.state[parameter] = {"step": state["step"], **moments}
+            if f"step.{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"step.{name}"],
+                    # In the parameter's own memory format: the fused update needs them alike.
+                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
+                }
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int = 200) -> float:

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     views = subject_views(args.name, args.work, args.size_px)
     write_views(views.train, args.out)
-    print(f"wrote {len(views.train)} views of {views.name} (class {views.class_name}) to {args.out}")
+    print(f"wrote {len(views.train)} views of a {views.class_name}, {views.name}, to {args.out}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def build_tokenizer(concepts: list[Concept], folder: Path, vocabulary: int = 204
     vocab = {piece: i for i, piece in enumerate(pieces)}
     made = CLIPTokenizer(
         vocab=vocab,
-        merges=merges,
+        merges=merges,  # pyright: ignore[reportArgumentType]  # pairs, as saved
         model_max_length=MAX_LENGTH,
         pad_token="<|endoftext|>",
     )
@@ -67,6 +67,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Returns the untrained text encoder: token ids (B, 32) -> hidden states (B, 32, 192)."""
+    vocab = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -76,9 +77,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         max_position_embeddings=MAX_LENGTH,
         hidden_act="quick_gelu",
         projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"],
+        pad_token_id=vocab["<|endoftext|>"],
         attention_dropout=0.0,
     )
     return CLIPTextModel(config)
