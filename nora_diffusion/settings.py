@@ -83,12 +83,16 @@ def apply_overrides(
     given, problems = _pair(overrides)
     for name, texts in given.items():
         if name not in keys:
-            problems.append(f"{name} = {quote(texts[-1])}: {_unknown(schema, name)}")
+            shown = "" if texts[-1] is None else f" = {quote(texts[-1])}"
+            problems.append(f"{name}{shown}: {_unknown(schema, name)}")
+            continue
+        if None in texts:
+            problems.append(f"{name}: needs a value; write --{name} value")
             continue
         section_name, key = name.split(".")
         section = merged.setdefault(section_name, {})
         if isinstance(section, dict):  # else validate says what is wrong with the section
-            section[key] = _convert(keys[name], texts)
+            section[key] = _convert(keys[name], cast(list[str], texts))
     return merged, problems
 
 
@@ -119,22 +123,19 @@ def validate(
     return config
 
 
-def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Sort override tokens into texts by key; a key given twice has two texts."""
-    given: dict[str, list[str]] = {}
+def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
+    """Sort override tokens into texts by key, None for a flag alone; a key may be given twice."""
+    given: dict[str, list[str | None]] = {}
     problems: list[str] = []
     tokens = list(overrides)
     while tokens:
         token = tokens.pop(0)
         name, equals, text = token.removeprefix("--").partition("=")
+        if not equals and not token.startswith("--"):
+            problems.append(f"{token}: not a setting; write --section.key value")
+            continue
         if not equals:
-            if not token.startswith("--"):
-                problems.append(f"{token}: not a setting; write --section.key value")
-                continue
-            if not tokens or tokens[0].startswith("--"):
-                problems.append(f"{name}: needs a value; write {token} value")
-                continue
-            text = tokens.pop(0)
+            text = tokens.pop(0) if tokens and not tokens[0].startswith("--") else None
         given.setdefault(name, []).append(text)
     return given, problems
 
