@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 
 from nora_diffusion.config import fill_prompt
 from nora_diffusion.data.images import Photo, square
@@ -42,9 +44,15 @@ class Item:
 
     def pixels(self, resolution_px: int) -> torch.Tensor:
         """The picture as a (3, resolution_px, resolution_px) float32 tensor in [-1, 1]."""
-        image = square(self.photo.open(), resolution_px, self.place, self.flip)
+        image = square(_open(self.photo), resolution_px, self.place, self.flip)
         array = np.asarray(image, dtype=np.float32)
         return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _open(photo: Photo) -> Image.Image:
+    # The views of a photo come one after another, and decoding a large one takes half a second.
+    return photo.open()
 
 
 def class_prompt(class_name: str) -> str:
