@@ -18,29 +18,53 @@ class Backup:
     Attributes:
         weight: Float values of the original weight, on the CPU.
         quantised_layer: A copy of the quantised base layer: requantising would not restore it.
-        checksum: Checksum of the merged weight, to notice when someone else changed it.
+        mark: What `mark` returned after the merge, to notice when someone else changed the weight.
     """
 
     weight: Tensor
     quantised_layer: nn.Module | None = None
-    checksum: int = 0
+    mark: object = None
+
+
+def read(layer: BaseTunerLayer) -> Tensor:
+    """Return the weight of the base layer as floats, dequantised where it is quantised."""
+    base: Any = layer.get_base_layer()
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        # bitsandbytes repacks 4-bit weights for inference on a CPU, a layout that its dequantisation
+        # misreads; saving the layer brings the plain layout back.
+        base.state_dict()
+    return layer.get_base_weight()
 
 
 def take_backup(layer: BaseTunerLayer) -> Backup:
     """Copy the base weight of a layer to the CPU."""
     quantised = layer.quantization_backend is not None
     return Backup(
-        weight=layer.get_base_weight().detach().to("cpu", copy=True),
+        weight=read(layer).detach().to("cpu", copy=True),
         quantised_layer=copy.deepcopy(layer.get_base_layer()) if quantised else None,
     )
 
 
+def mark(layer: BaseTunerLayer) -> object:
+    """Return something that changes when the weight of the base layer is replaced."""
+    base: Any = layer.get_base_layer()
+    if layer.quantization_backend is not None:
+        # Backends make a new parameter or layer when they quantise, but may repack one in place.
+        return getattr(base, "weight", base)
+    # The sum of the raw bits as integers: exact, on the device, and one pass over memory.
+    weight = base.weight.detach().contiguous()
+    integers = weight.flatten().view(_INTEGER_OF_SIZE[weight.element_size()])
+    return str(weight.dtype), int(integers.sum(dtype=torch.int64))
+
+
 def is_intact(layer: BaseTunerLayer, backup: Backup) -> bool:
-    """Tell whether the weight is still the one whose checksum the backup has.
+    """Tell whether the weight is still the one whose mark the backup has.
 
     Another adapter may sit on the same base layer and be merged or unmerged in between.
     """
-    return backup.checksum == checksum(layer)
+    now = mark(layer)
+    return now is backup.mark if backup.quantised_layer is not None else now == backup.mark
 
 
 def restore(layer: BaseTunerLayer, backup: Backup) -> None:
@@ -61,10 +85,3 @@ def write(layer: BaseTunerLayer, weight: Tensor) -> None:
         return
     # In place, so that tied weights and views of flattened parameters follow.
     layer.get_base_layer().weight.data.copy_(weight)
-
-
-def checksum(layer: BaseTunerLayer) -> int:
-    """Sum the raw bits of the base weight as integers: exact, and one pass over memory."""
-    weight = layer.get_base_weight().detach().contiguous()
-    integers = weight.flatten().view(_INTEGER_OF_SIZE[weight.element_size()])
-    return int(integers.sum(dtype=torch.int64)) ^ hash(str(weight.dtype))

@@ -174,7 +174,7 @@ class NoraLayer(NoraState):
             return
         if self._backup and not base_weight.is_intact(self, self._backup):
             self._backup = None  # another adapter was merged in between: there is no way back to it
-        original = self._backup.weight if self._backup else self.get_base_weight()
+        original = self._backup.weight if self._backup else base_weight.read(self)
         # From the original in one sum, so that several merges round only once.
         added = [*self.merged_adapters, *names] if self._backup else names
         merged = self._plus_deltas(original, added, 1.0)
@@ -187,7 +187,7 @@ class NoraLayer(NoraState):
             self._backup = base_weight.take_backup(self)
         base_weight.write(self, merged)
         if self._backup:
-            self._backup.checksum = base_weight.checksum(self)
+            self._backup.mark = base_weight.mark(self)
         self.merged_adapters += names
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class NoraLayer(NoraState):
             base_weight.restore(self, self._backup)
         else:
             names = self._present(self.merged_adapters)
-            base_weight.write(self, self._plus_deltas(self.get_base_weight(), names, -1.0))
+            base_weight.write(self, self._plus_deltas(base_weight.read(self), names, -1.0))
         self._backup = None
         self.merged_adapters.clear()
 

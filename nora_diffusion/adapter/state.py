@@ -10,7 +10,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_weight import Backup
+from . import base_weight
 from .config import NoraConfig
 from .factors import (
     DATA_BASES,
@@ -67,7 +67,7 @@ class NoraState(BaseTunerLayer, nn.Module):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._backup: Backup | None = None
+        self._backup: base_weight.Backup | None = None
         self._progress: Tensor | None = None
         self.out_features, self.in_features = self._matrix_shape()
 
@@ -91,7 +91,7 @@ class NoraState(BaseTunerLayer, nn.Module):
 
     def base_matrix(self) -> Tensor:
         """Return the frozen weight ``(out, in)``: dequantised, and as it was before any merge."""
-        weight = self._backup.weight if self._backup else self.get_base_weight()
+        weight = self._backup.weight if self._backup else base_weight.read(self)
         return self.as_matrix(weight.detach()).contiguous()
 
     def base_fingerprint(self) -> str:
