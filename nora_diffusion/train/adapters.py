@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,11 @@ def restore_factors(models: dict[str, nn.Module], tensors: dict[str, Tensor]) ->
 
 def checkpoint_gradients(models: dict[str, nn.Module]) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
+    # diffusers, transformers from 5.23 on, transformers before
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable")
     for model in models.values():
-        if hasattr(model, "enable_gradient_checkpointing"):  # diffusers
-            cast(Any, model).enable_gradient_checkpointing()
-        else:  # transformers
-            cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+        known = (name for name in names if hasattr(model, name))
+        getattr(model, next(known, "gradient_checkpointing_enable"))()
 
 
 @contextmanager

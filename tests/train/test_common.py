@@ -28,6 +28,15 @@ def test_streams_of_one_seed_differ_and_repeat():
     assert torch.equal(torch.rand(3), dropped)
 
 
+def test_every_pass_of_every_step_draws_its_own_noise_and_dropout():
+    drawn = set()
+    for step in range(4):
+        for micro_step in range(3):
+            generator = common.step_generator(0, step, micro_step)
+            drawn |= {torch.randn(1, generator=generator).item(), torch.rand(1).item()}
+    assert len(drawn) == 2 * 4 * 3
+
+
 def test_warm_up_rises_to_the_peak_and_schedules_end_at_zero():
     factors = [common.lr_factor(step, "constant", 4, 10) for step in range(10)]
     assert factors[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])

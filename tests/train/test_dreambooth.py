@@ -1,6 +1,6 @@
 """The recipe: what it trains and what it leaves alone, how it stops and goes on, what it writes."""
 
-import json
+import dataclasses
 import math
 import os
 import re
@@ -22,6 +22,7 @@ from nora_diffusion.adapter import iter_nora_layers
 from nora_diffusion.config import UserError, load_config, load_run
 from nora_diffusion.events import read_events
 from nora_diffusion.train import adapters, dreambooth
+from nora_diffusion.train.checkpoint import newest_checkpoint
 from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
 from nora_diffusion.train.report import Report
 from tests.tiny import base_bytes, predict
@@ -168,6 +169,18 @@ def test_accumulation_is_the_mean_over_its_parts(make_config, tmp_path):
     assert any((parts[0][name] - parts[1][name]).abs().max() > 0 for name in parts[0])
 
 
+def test_an_epoch_shows_every_photo_once(make_config, tmp_path):
+    cfg = make_config(train={"batch_size": 1, "gradient_accumulation_steps": 3})
+    session = prepared(cfg, tmp_path)
+    for item in range(3):
+        weights = torch.zeros(3)
+        weights[item] = 1.0  # only this photo has a loss
+        session.inputs = dataclasses.replace(session.inputs, weights=weights)
+        for session.step in range(3):
+            losses = [dreambooth.accumulate_gradients(session, micro) for micro in range(3)]
+            assert sum(loss > 0 for loss in losses) == 1
+
+
 @pytest.mark.parametrize("basis", ["activation", "gradient"])
 def test_a_data_driven_basis_is_fitted_and_saved_with_the_adapter(make_config, basis):
     cfg = make_config(adapter={"basis": basis, "r": 4, "inner_r": 2})
@@ -285,9 +298,8 @@ def test_two_resumes_give_the_bits_of_one_run_and_repeat_no_step(make_config, tm
 
     with counted_calls() as whole:
         dreambooth.run(config("whole"))
-    a_step = (2 if name == "everything" else 1) * (2 if name == "everything" else 1)
-    fitting = 0
-    assert whole.count == steps * a_step + fitting
+    a_step = 4 if name == "everything" else 1  # two passes, each for the subject and the prior
+    assert whole.count == steps * a_step
 
     cfg, done = config("parts"), 0
     for stop_in in (2, 5):
@@ -302,6 +314,18 @@ def test_two_resumes_give_the_bits_of_one_run_and_repeat_no_step(make_config, tm
         dreambooth.run(cfg, resume=True)
     assert rest.count == (steps - done) * a_step
     assert_same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+
+
+def test_the_scale_of_the_loss_is_part_of_a_checkpoint(make_config, tmp_path):
+    cfg = make_config(model={"dtype": "fp16"}, train={"steps": 2, "batch_size": 1})
+    session = prepared(cfg, tmp_path)
+    session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 128.0})
+    dreambooth.train(session)
+    saved = newest_checkpoint(tmp_path)
+    resumed = dreambooth.prepare(cfg, tmp_path, session.report, saved)
+    assert resumed.scaler.state_dict() == session.scaler.state_dict()
+    assert resumed.scaler.state_dict()["scale"] == 128.0
+    assert resumed.step == 2
 
 
 def test_sigterm_saves_too_and_says_how_to_go_on(make_config, tmp_path, calls):
@@ -619,7 +643,7 @@ def test_captions_and_crops_reach_the_items(make_config, tmp_path, subject):
     session = prepared(make_config(data={"subject": str(own), "flip": True}), tmp_path)
     assert session.inputs.prompts == ("a sks toy on a table",)
     assert len(session.inputs.latents) == 2
-    assert json.loads(json.dumps(session.inputs.prompt_rows)) == [0, 0]
+    assert session.inputs.prompt_rows == (0, 0)
 
 
 def test_switched_off_is_the_base_exactly(make_config, tmp_path):
