@@ -1,0 +1,171 @@
+"""Pictures from an adapter: the right ones, with their origin inside."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nora_diffusion import load_adapter, load_pipeline, save_adapter
+from nora_diffusion.config import UserError
+from nora_diffusion.sampling import (
+    adapter_path,
+    before_after_sheet,
+    contact_sheet,
+    sample_to_folder,
+    save_png,
+)
+from tests.tiny import adapt, tiny_pipeline
+
+FAST = {"n": 2, "steps": 2, "guidance": 3.0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with an adapter that changes the pictures a lot."""
+    folder = tmp_path_factory.mktemp("sampling")
+    pipe = tiny_pipeline("sd15")
+    pipe.save_pretrained(folder / "base")
+    adapt(pipe, text_encoders=True, scaling=4.0)
+    about = {"base": str(folder / "base"), "trigger": "zyx", "class_name": "toy"}
+    save_adapter(pipe, folder / "run" / "adapter.safetensors", metadata=about)
+    return folder / "run"
+
+
+def test_files_are_the_pipelines_own_pictures_and_say_how_they_were_made(run, tmp_path):
+    prompts = ["a {trigger} {class_name} at Zürich/beach", "b"]
+    files = sample_to_folder(run, prompts, tmp_path, seed=5, negative_prompt="ugly", **FAST)
+    assert [file.name for file in files] == [
+        "00-a-zyx-toy-at-zürich-beach-seed5.png",
+        "00-a-zyx-toy-at-zürich-beach-seed6.png",
+        "01-b-seed5.png",
+        "01-b-seed6.png",
+    ]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    pipe = load_pipeline(run.parent / "base")
+    pipe.set_progress_bar_config(disable=True)
+    load_adapter(pipe, run / "adapter.safetensors")
+    with Image.open(files[1]) as image:
+        expected = {
+            "prompt": "a zyx toy at Zürich/beach",
+            "negative_prompt": "ugly",
+            "seed": "6",
+            "steps": "2",
+            "guidance": "3.0",
+            "adapter": (run / "adapter.safetensors").resolve().as_posix(),
+            "adapter_weight": "1.0",
+            "base": str(run.parent / "base"),
+            "Comment": "AI-generated",
+        }
+        assert expected.items() <= image.text.items()
+        assert image.text["Software"].startswith("nora-diffusion ")
+        drawn = np.asarray(image.convert("RGB")).astype(int)
+    plain = pipe(
+        image.text["prompt"], negative_prompt="ugly", num_inference_steps=2, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(6),
+    ).images[0]  # fmt: skip
+    assert np.abs(drawn - np.asarray(plain).astype(int)).max() <= 1
+
+
+def pixels(files):
+    return [np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files]
+
+
+def test_weight_zero_is_the_base_and_other_weights_lie_beyond(run, tmp_path):
+    drawn = {
+        weight: pixels(sample_to_folder(run, ["x"], tmp_path / str(weight), weight=weight, **FAST))
+        for weight in (0.0, 0.5, 1.0)
+    }
+    pipe = load_pipeline(run.parent / "base")
+    pipe.set_progress_bar_config(disable=True)
+    base = pipe(
+        "x", num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    assert np.abs(drawn[0.0][0] - np.asarray(base).astype(int)).max() <= 1
+    distance = {weight: np.abs(drawn[weight][0] - drawn[0.0][0]).mean() for weight in (0.5, 1.0)}
+    assert 0 < distance[0.5] < distance[1.0]
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_company(run, tmp_path):
+    many = pixels(sample_to_folder(run, ["a", "b"], tmp_path / "many", **{**FAST, "n": 3}))
+    one = pixels(sample_to_folder(run, ["b"], tmp_path / "one", seed=2, **{**FAST, "n": 1}))
+    assert np.abs(many[5] - one[0]).max() <= 1
+    assert np.abs(many[4] - one[0]).max() > 1
+
+
+def test_size_can_be_chosen(run, tmp_path):
+    file = sample_to_folder(run, ["a"], tmp_path, width=32, height=16, **{**FAST, "n": 1})[0]
+    with Image.open(file) as image:
+        assert image.size == (32, 16)
+
+
+def test_what_is_no_run_is_refused_with_the_reason(tmp_path, run):
+    with pytest.raises(UserError, match="no such file, and no folder with adapter.safetensors"):
+        adapter_path(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="not finished.*--resume"):
+        adapter_path(tmp_path)
+    pipe = tiny_pipeline("sd15")
+    adapt(pipe)
+    save_adapter(pipe, tmp_path / "anonymous.safetensors")
+    with pytest.raises(UserError, match="does not name its base model.*--base"):
+        sample_to_folder(tmp_path / "anonymous.safetensors", ["a"], tmp_path / "out", **FAST)
+    named = {**FAST, "base": str(run.parent / "base"), "n": 1}
+    assert sample_to_folder(tmp_path / "anonymous.safetensors", ["a"], tmp_path / "out", **named)
+
+
+def solid(colour, size=(16, 16)):
+    return Image.new("RGB", size, colour)
+
+
+def test_a_sheet_holds_every_picture_in_its_place():
+    colours = [["red", "lime"], ["blue", "black"]]
+    rows = [[solid(colour) for colour in row] for row in colours]
+    sheet = contact_sheet(rows, ["first", "second"], ["a", "b"], title="t", tile_px=32)
+    pixels = np.asarray(sheet)
+    centres = {}
+    for colour, value in {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}.items():
+        ys, xs = np.nonzero((pixels == value).all(axis=2))
+        assert len(ys) == 32 * 32
+        centres[colour] = (ys.mean(), xs.mean())
+    assert centres["red"][0] == centres["lime"][0] < centres["blue"][0]
+    assert centres["red"][1] == centres["blue"][1] < centres["lime"][1]
+    labelled = (pixels[:, : int(centres["red"][1]) - 20] != 255).any()
+    assert labelled
+    bare = contact_sheet(rows, tile_px=32)
+    assert bare.width < sheet.width and bare.height < sheet.height
+
+
+def test_a_sheet_takes_gaps_other_shapes_and_long_or_foreign_labels():
+    rows = [[solid("red", (40, 10)), None], [solid("blue")]]
+    label = "a very long prompt that has to be wrapped " * 20 + "狗"
+    sheet = contact_sheet(rows, [label], tile_px=64)
+    ys, xs = np.nonzero((np.asarray(sheet) == (255, 0, 0)).all(axis=2))
+    assert (xs.max() - xs.min() + 1, ys.max() - ys.min() + 1) == (64, 16)
+    assert contact_sheet([]).size[0] > 0
+
+
+def test_before_and_after_stand_beside_each_other():
+    sheet = before_after_sheet(
+        [solid("yellow")] * 5,
+        ["one", "two"],
+        before=[[solid("red"), solid("red")]] * 2,
+        after=[[solid("lime"), solid("lime")]] * 2,
+    )
+    pixels = np.asarray(sheet)
+
+    def columns(colour):
+        return np.nonzero((pixels == colour).all(axis=2))[1]
+
+    assert columns((255, 0, 0)).max() < columns((0, 255, 0)).min()
+    assert len(columns((255, 0, 0))) == len(columns((0, 255, 0))) == 4 * 128 * 128
+    assert len(columns((255, 255, 0))) == 5 * 128 * 128
+
+
+def test_a_picture_is_whole_or_absent(tmp_path):
+    path = tmp_path / "sub" / "a.png"
+    save_png(solid("red"), path, {"prompt": "p"})
+    with pytest.raises(AttributeError):
+        save_png(None, path, {})  # type: ignore[arg-type]
+    with Image.open(path) as image:
+        assert image.text["prompt"] == "p"
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
