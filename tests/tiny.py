@@ -108,7 +108,7 @@ def tiny_unet(family: str = "sd15") -> UNet2DConditionModel:
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "attention_head_dim": [2, 2, 4],
             "cross_attention_dim": 64,
-            "transformer_layers_per_block": [1, 1, 2],
+            "transformer_layers_per_block": 1,
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
@@ -214,3 +214,53 @@ def base_bytes(model: torch.nn.Module) -> dict[str, bytes]:
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
         found[name.replace(".base_layer.", ".")] = bytes(raw.numpy())
     return found
+
+
+def adapt(
+    pipe: Any,
+    name: str = "default",
+    seed: int = 0,
+    everything: bool = False,
+    text_encoders: bool = True,
+    **config: Any,
+) -> int:
+    """Add a NoRA adapter with inner pairs as if trained: random steps away from their start.
+
+    Args:
+        everything: all linear and convolution layers, else attention alone.
+        config: fields of `NoraConfig`; r=8, inner_r=2 where not given.
+
+    Returns:
+        Number of adapted modules.
+    """
+    from nora_diffusion.adapter import NoraConfig
+
+    targets = {"unet": EVERYTHING if everything else ATTENTION}
+    for encoder in text_encoder_names(pipe) if text_encoders else ():
+        targets[encoder] = TEXT_EVERYTHING if everything else TEXT_ATTENTION
+    fields = {"r": 8, "inner_r": 2, **config}
+    for component, modules in targets.items():
+        getattr(pipe, component).add_adapter(NoraConfig(target_modules=modules, **fields), name)
+    return sum(train(getattr(pipe, component), name, seed) for component in targets)
+
+
+@torch.no_grad()
+def train(model: torch.nn.Module, name: str = "default", seed: int = 0, step: float = 0.2) -> int:
+    """Move the inner pairs of an adapter by seeded noise; returns how many modules have it."""
+    from nora_diffusion.adapter import iter_nora_layers
+
+    generator = torch.Generator().manual_seed(seed)
+    layers = [layer for _, layer in iter_nora_layers(model) if name in layer.nora_inner_A]
+    for layer in layers:
+        for inner in (layer.nora_inner_A[name], layer.nora_inner_B[name]):
+            inner.add_(step * torch.randn(inner.shape, generator=generator))
+    return len(layers)
+
+
+def adapted_modules(pipe: Any, name: str = "default") -> int:
+    """Number of modules in the denoiser and text encoders that have an adapter of this name."""
+    return sum(
+        name in getattr(module, "scaling", {})
+        for component in ("unet", *text_encoder_names(pipe))
+        for module in getattr(pipe, component).modules()
+    )

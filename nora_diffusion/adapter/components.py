@@ -163,6 +163,7 @@ class Snapshot:
     active: list[str]
     _children: dict[nn.Module, dict[str, nn.Module | None]]
     _gradients: list[tuple[nn.Parameter, bool]]
+    _merged: list[tuple[BaseTunerLayer, list[str]]]
     _configs: dict[str, Any] | None
     _flag: Any
 
@@ -171,13 +172,16 @@ class Snapshot:
         """Remember a model's modules, trainability and adapter registry (no tensor is copied)."""
         configs = getattr(model, "peft_config", None)
         active: list[str] = []
+        merged: list[tuple[BaseTunerLayer, list[str]]] = []
         for _, layer in tuner_layers(model):
+            merged += [(layer, list(layer.merged_adapters))] if layer.merged else []
             active += [name for name in layer.active_adapters if name not in active]
         return cls(
             model=model,
             active=active,
             _children={module: dict(children_of(module)) for module in model.modules()},
             _gradients=[(p, p.requires_grad) for p in model.parameters()],
+            _merged=merged,
             _configs=None if configs is None else dict(cast("dict[str, Any]", configs)),
             _flag=getattr(model, "_hf_peft_config_loaded", None),
         )
@@ -208,6 +212,9 @@ class Snapshot:
         if hasattr(model, "_hf_peft_config_loaded"):
             model._hf_peft_config_loaded = self._flag
         self.restore_gradients()
+        for layer, names in self._merged:
+            if not layer.merged:  # PEFT unmerges a model before it changes its adapters
+                layer.merge(adapter_names=names)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .components import (
     match_components,
     restored,
 )
-from .header import AdapterFileError, Contents
+from .header import AdapterFileError
 from .keys import DENOISERS
 from .loading import (
     LORA_FILE,
@@ -147,7 +147,7 @@ def load_adapter(
     path = find_file(Path(path))
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
-    if fields is None or fields.get("kind") != "native":
+    if fields is None or fields["kind"] == "lora":
         return load_lora(pipe_or_model, path, contents, fields, adapter_name, weight)
     adapter = parse_native(path, contents, fields)
     targets = components_of(pipe_or_model)
@@ -203,7 +203,7 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
             "load_adapter still loads a LoRA file of another program into a pipeline"
         )
     about = {k: v for k, v in fields.items() if k not in ("kind", "portable", "components")}
-    info: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": fields.get("kind")}
+    info: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": fields["kind"]}
     ok = None
     if info["kind"] == "native":
         adapter = parse_native(path, contents, fields)
@@ -212,7 +212,7 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
         ok = None if base is None else _fingerprints_ok(path, adapter, base)
     else:
         info["portable"] = True
-        parts = _describe_lora(path, contents, fields)
+        parts = _describe_lora(path, fields)
     main = next((name for name in DENOISERS if name in parts), next(iter(parts)))
     info["config"] = parts[main]["config"]
     info |= {key: about.get(key) for key in ABOUT}
@@ -244,17 +244,16 @@ def _describe(component: Component) -> dict[str, Any]:
     }
 
 
-def _describe_lora(path: Path, contents: Contents, fields: dict[str, Any]) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    for name, entry in cast("dict[str, dict[str, Any]]", fields["components"]).items():
-        config = config_from_json(path, entry["config"])
-        parts[name] = {
-            "config": config_fields(config),
-            "modules": entry["modules"],
-            "trainable_parameters": entry["parameters"],
-            "base_dtype": entry["base_dtype"],
+def _describe_lora(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "config": config_fields(config_from_json(path, entry.get("config"))),
+            "modules": entry.get("modules"),
+            "trainable_parameters": entry.get("parameters"),
+            "base_dtype": entry.get("base_dtype"),
         }
-    return parts
+        for name, entry in cast("dict[str, dict[str, Any]]", fields["components"]).items()
+    }
 
 
 def _fingerprints_ok(path: Path, adapter: NativeAdapter, base: Any) -> bool:

@@ -84,7 +84,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, CHECKSUM_KEY: checksum(metadata, tensors)}
-    write_atomically(path, serialise(tensors, metadata=metadata))
+    write_atomically(path, _reproducible(serialise(tensors, metadata=metadata)))
     return path
 
 
@@ -137,6 +137,16 @@ def damaged(path: Path, reason: str) -> AdapterFileError:
         f"{path}: damaged or incomplete file ({reason}). Copy or download it again, or export it "
         "again from the training run."
     )
+
+
+def _reproducible(data: bytes) -> bytes:
+    """Sort the metadata, which the library writes in random order: same content, same bytes."""
+    (length,) = struct.unpack("<Q", data[:8])
+    table = json.loads(data[8 : 8 + length])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def _read_bytes(path: Path) -> bytes:

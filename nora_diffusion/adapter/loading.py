@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .components import adaptable_modules, inject, match_components, plain_name, walk
-from .factors import cached_factors
+from .factors import Factors, cached_factors
 from .header import AdapterFileError
 from .keys import find_module
 from .layer import NoraLayer
@@ -137,7 +137,7 @@ def open_base(base: Any, dtype: str | None = None) -> Any:
     # By the package's public name, at run time: the adapter module knows no model families.
     import nora_diffusion
 
-    kwargs = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
+    kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     return nora_diffusion.load_pipeline(base, **kwargs)
 
 
@@ -206,7 +206,7 @@ def _take_known_factors(
             factors = cached_factors(recorded, spec.r, spec.basis, spec.seed)
             if own and factors is not None:
                 layer.adopt_factors(adapter_name, factors)
-            elif factors is not None:
+            elif factors is not None and _is_rounding_of(layer.base_matrix(), factors):
                 layer.set_factors(adapter_name, factors)
             elif not own:
                 foreign.append(f"{name}.{module}")
@@ -214,6 +214,21 @@ def _take_known_factors(
     if foreign:
         total = sum(len(component.modules) for component in adapter.components.values())
         raise OtherBaseError(_other_base_message(path, adapter, foreign, total, present_dtype))
+
+
+def _is_rounding_of(weight: Tensor, factors: Factors) -> bool:
+    """Whether a weight ``W (out, in)`` is the one the factors come from, in another dtype.
+
+    For that one ``U^T W V^T`` is the diagonal of singular values. Rounding to bfloat16 moves its
+    entries by about 0.1 % of the size of W's own entries, fine-tuning or another model by several
+    per cent or far more; the line is drawn at 1 %.
+    """
+    W = weight.to(torch.float32)
+    U, V = factors.outer_B.to(W), factors.outer_A.to(W)
+    if (U.shape[0], V.shape[1]) != W.shape:
+        return False
+    error = U.mT @ W @ V.mT - torch.diag(factors.singular_values.to(W))
+    return bool(error.square().mean() <= 1e-4 * W.square().mean())
 
 
 def _other_base_message(
@@ -225,7 +240,7 @@ def _other_base_message(
     if trained != present:
         cure = (
             f"was trained on {base} in {trained}, and this model is in {present}. Load the base "
-            f"with torch_dtype=torch.{trained}"
+            f"with dtype=torch.{trained}"
         )
     else:
         known = adapter.about.get("base_hash")

@@ -68,7 +68,7 @@ def export_lora(
     path, out = find_file(Path(path)), Path(out)
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
-    if fields is None or fields.get("kind") != "native":
+    if fields is None or fields["kind"] != "native":
         raise AdapterFileError(f"{path}: not a native adapter; give the file of save_adapter")
     adapter = parse_native(path, contents, fields)
     _check_exportable(path, adapter)

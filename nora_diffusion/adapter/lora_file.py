@@ -156,10 +156,12 @@ def load_lora(
             )
     if fields is None:
         return _load_foreign(pipe_or_model, targets, path, contents, adapter_name, weight)
-    table = cast("dict[str, Any]", fields.get("components") or {})
-    matched = match_components(table, targets, str(path))
+    layout = fields.get("layout")
+    if layout not in LAYOUTS:
+        raise header.damaged(path, f"unknown layout {layout!r}")
+    matched = match_components(cast("dict[str, Any]", fields["components"]), targets, str(path))
     check_name_is_free(matched.values(), adapter_name)
-    found = decode(path, contents.tensors, str(fields.get("layout")), matched, dialect_of(targets))
+    found = decode(path, contents.tensors, layout, matched, dialect_of(targets))
     with restored(matched.values(), adapter_name) as before:
         for name, model in matched.items():
             _add_lora(path, model, found[name], adapter_name)
@@ -182,7 +184,10 @@ def decode(
     left = dict(tensors)
     found: dict[str, Pairs] = {name: {} for name in models}
     for name, model in models.items():
-        label = name if layout == "peft" else component_name(name, model)
+        try:
+            label = name if layout == "peft" else component_name(name, model)
+        except ValueError as error:
+            raise AdapterFileError(f"{path}: cannot be loaded here: {error}") from error
         for module in adaptable_modules(model):
             try:
                 key, down, up = file_keys(label, module, layout, dialect)

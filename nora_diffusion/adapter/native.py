@@ -142,7 +142,13 @@ def parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | No
         raise header.damaged(path, f"its header is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise header.damaged(path, "its header is not a table")
-    return cast("dict[str, Any]", fields)
+    known = cast("dict[str, Any]", fields)
+    table = known.get("components")
+    if known.get("kind") not in ("native", "lora") or not isinstance(table, dict) or not table:
+        raise header.damaged(path, "its header lists no components")
+    if not all(isinstance(entry, dict) for entry in cast("dict[str, Any]", table).values()):
+        raise header.damaged(path, "a component in its header is not a table")
+    return known
 
 
 def parse_native(path: Path, contents: header.Contents, fields: dict[str, Any]) -> NativeAdapter:
@@ -151,11 +157,11 @@ def parse_native(path: Path, contents: header.Contents, fields: dict[str, Any]) 
     Raises:
         AdapterFileError: missing or foreign tensors, wrong shapes, NaN, an unusable configuration.
     """
-    table, portable = fields.get("components"), fields.get("portable")
-    if not isinstance(table, dict) or not table or not isinstance(portable, bool):
-        raise header.damaged(path, "its header lists no components")
+    portable = fields.get("portable")
+    if not isinstance(portable, bool):
+        raise header.damaged(path, "its header does not say whether it is portable")
     groups = _group_tensors(path, contents.tensors, portable)
-    entries = cast("dict[str, Any]", table)
+    entries = cast("dict[str, dict[str, Any]]", fields["components"])
     if foreign := sorted(set(groups) - set(entries)):
         raise header.damaged(path, f"tensors of {foreign[0]!r}, which its header does not list")
     about = {k: v for k, v in fields.items() if k not in ("kind", "portable", "components")}
@@ -246,10 +252,9 @@ def _group_tensors(path: Path, tensors: dict[str, Tensor], portable: bool) -> di
     return groups
 
 
-def _parse_component(path: Path, name: str, entry: Any, group: _Group, portable: bool) -> Component:
-    if not isinstance(entry, dict):
-        raise header.damaged(path, f"component {name!r} is not a table")
-    fields = cast("dict[str, Any]", entry)
+def _parse_component(
+    path: Path, name: str, fields: dict[str, Any], group: _Group, portable: bool
+) -> Component:
     fingerprints = fields.get("fingerprints")
     if not isinstance(fingerprints, dict):
         raise header.damaged(path, f"component {name!r} has no fingerprints")
