@@ -86,7 +86,7 @@ def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage:
     seen = concepts(work, recipe.concept_set)
     images, _, _ = Compositor(seen, recipe.size_px, backgrounds=300, seed=3).sample(512, seed=3)
     set_latent_scale(autoencoder.to(device), to_signed(images).to(device))
-    model, tokenizer = train_denoiser(
+    model, tokenizer, steps = train_denoiser(
         work,
         autoencoder,
         recipe.size_px,
@@ -98,7 +98,9 @@ def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage:
     )
     if stage != "train":
         pipeline = build_pipeline(autoencoder, model, tokenizer)
-        print("wrote", out, export(pipeline, out, recipe.name, asdict(recipe))[:16])
+        about = asdict(recipe) | {"denoiser_samples": steps * recipe.batch_size}
+        digest = export(pipeline, out, recipe.name, about, work / "manifests")
+        print(f"wrote {recipe.name} ({digest[:16]}) after {steps} denoiser steps to {out}")
 
 
 if __name__ == "__main__":

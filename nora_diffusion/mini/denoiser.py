@@ -48,7 +48,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,  # unused by trailing spacing; 0 makes diffusers warn
     )
 
 
@@ -111,7 +111,7 @@ def train_denoiser(
     batch_size: int = 32,
     learning_rate: float = 6e-4,
     further: bool = True,
-) -> tuple[Joint, CLIPTokenizer]:
+) -> tuple[Joint, CLIPTokenizer, int]:
     """Trains, or continues, UNet and text encoder for `samples` pictures.
 
     Args:
@@ -126,7 +126,7 @@ def train_denoiser(
         further: False takes the denoiser as far as it has been trained.
 
     Returns:
-        The averaged model in float32, in eval mode, and its tokenizer.
+        The averaged model in float32, in eval mode; its tokenizer; the steps it has taken.
     """
     state_path = work / "denoiser.safetensors"
     seen = concepts(work, concept_set)
@@ -156,7 +156,7 @@ def train_denoiser(
             )
             save_state(state_path, trained.tensors(), {"step": trained.step})
     trained.use_average()
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, trained.step
 
 
 def _drop(captions: list[str], seed: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ def build_pipeline(
 ) -> StableDiffusionPipeline:
     """Puts the parts together on the CPU in float32."""
     return StableDiffusionPipeline(
-        vae=autoencoder.float().cpu(),
-        text_encoder=model.text_encoder.float().cpu(),
+        vae=autoencoder.cpu(),  # pyright: ignore[reportArgumentType]  # any autoencoder does
+        text_encoder=model.text_encoder.cpu(),
         tokenizer=tokenizer,
-        unet=model.unet.float().cpu(),
+        unet=model.unet.cpu(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -37,10 +38,18 @@ def build_pipeline(
     )
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path, name: str, recipe: dict) -> str:
-    """Writes the pipeline in fp16 and ``mini.json`` (name, hash, recipe); returns the hash."""
-    pipeline.to(torch.float16)
+def export(
+    pipeline: StableDiffusionPipeline, folder: Path, name: str, recipe: dict, manifests: Path
+) -> str:
+    """Writes the pipeline in fp16, ``mini.json`` (name, hash, recipe) and what it was shown.
+
+    Returns:
+        The hash of the weights.
+    """
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.half()
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=PART_LIMIT)
+    shutil.copytree(manifests, folder / "manifests", dirs_exist_ok=True)
     digest = weights_hash(folder)
     about = {"name": name, "hash": digest, "recipe": recipe}
     (folder / "mini.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
