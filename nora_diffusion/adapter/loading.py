@@ -168,6 +168,11 @@ def _check_shapes(
 ) -> None:
     for module, pair in component.modules.items():
         layer = layers[module]
+        if layer.weight.is_meta:
+            raise AdapterFileError(
+                f"{path}: the weight of {name}.{module} is not in memory (sequential or group "
+                "offloading?). Load the adapter before you turn offloading on"
+            )
         wanted = (layer.inner_r[adapter_name], layer.r[adapter_name])
         outer = pair.outer
         fits = tuple(pair.inner_A.shape) == wanted

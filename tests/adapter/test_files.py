@@ -39,11 +39,6 @@ from tests.tiny import (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "cache"))
-
-
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
@@ -442,6 +437,32 @@ def test_quantised_base_is_saved_portable_by_itself(tmp_path, monkeypatch):
     for name, layer in iter_nora_layers(dense):
         update = layers[name].get_delta_weight("default")
         assert distance(layer.get_delta_weight("default"), update) <= 1e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_base_round_trip(tmp_path, bits):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def model():
+        torch.manual_seed(0)
+        dense = nn.Linear(64, 64, bias=False)
+        if bits == 4:
+            layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+            layer.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False)
+        else:
+            layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+            layer.weight = bnb.nn.Int8Params(dense.weight.data, requires_grad=False)
+        return nn.Sequential(layer.to("cpu"))
+
+    x = torch.linspace(-1, 1, 64)[None]
+    trained = get_peft_model(model(), NoraConfig(r=8, inner_r=2, target_modules=["0"]))
+    train(trained)
+    path = save_adapter(trained, tmp_path / "a.safetensors")
+    info = adapter_info(path, base=model())
+    assert info["portable"] is True and info["fingerprints_ok"] is True
+    again = model()
+    assert load_adapter(again, path) == 1
+    assert distance(again(x), trained(x)) <= 1e-5 < distance(model()(x), trained(x))
 
 
 def test_random_basis_is_derived_from_the_seed_alone(tmp_path):

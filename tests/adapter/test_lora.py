@@ -34,11 +34,6 @@ from tests.tiny import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "lora-cache"))
-
-
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
