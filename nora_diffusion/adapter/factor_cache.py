@@ -89,7 +89,7 @@ def cached_factors(fingerprint: str, r: int, basis: str, seed: int) -> Factors |
             recorded = (file.metadata() or {}).get("checksum")
     except (OSError, safetensors.SafetensorError):
         recorded, tensors = None, {}
-    if recorded is None or recorded != _checksum(tensors):
+    if recorded is None or recorded != _checksum(path.name, tensors):
         warnings.warn(
             f"the cached factors in {path} are damaged; they are computed again", stacklevel=2
         )
@@ -109,7 +109,7 @@ def store(factors: Factors, r: int, basis: str, seed: int) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, {"checksum": _checksum(tensors)}))
+                file.write(save(tensors, {"checksum": _checksum(path.name, tensors)}))
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -131,6 +131,7 @@ def _entry(fingerprint: str, r: int, basis: str, seed: int) -> Path | None:
     return folder / f"factors-v{ALGORITHM_VERSION}" / fingerprint[:2] / name
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digests = "".join(fingerprint(tensors[name]) for name in _TENSORS)
+def _checksum(name: str, tensors: dict[str, Tensor]) -> str:
+    """Digest of an entry, over its name as well: a renamed file is no entry."""
+    digests = name + "".join(fingerprint(tensors[name]) for name in _TENSORS)
     return hashlib.sha256(digests.encode()).hexdigest()
