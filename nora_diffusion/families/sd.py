@@ -53,6 +53,9 @@ class StableDiffusion:
             from nora_diffusion.families.single_file import load_single_file
 
             return load_single_file(source, **kwargs)
+        # Left to itself, diffusers reads the UNet in float32, but transformers the text encoder in
+        # the dtype of the file, and the two do not work together.
+        kwargs.setdefault("dtype", torch.float32)
         return DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, **kwargs)
 
     @classmethod
