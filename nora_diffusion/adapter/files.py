@@ -258,7 +258,7 @@ def _describe_lora(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _fingerprints_ok(path: Path, adapter: NativeAdapter, base: Any) -> bool:
     name = "nora_fingerprint_check"
-    targets = components_of(open_base(base))
+    targets = components_of(open_base(base, adapter))
     try:
         matched = match_components(adapter.components, targets, str(path))
         with restored(matched.values(), name, always=True):

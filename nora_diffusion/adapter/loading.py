@@ -125,19 +125,22 @@ def nora_layers(model: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:
     }
 
 
-def open_base(base: Any, dtype: str | None = None) -> Any:
-    """A base model that may be given by name: loaded, or returned as it is.
+def open_base(base: Any, adapter: NativeAdapter) -> Any:
+    """A base model that may be given by name: loaded as the adapter needs it, or as it is.
 
     Args:
         base: a pipeline, a model, or what `load_pipeline` takes.
-        dtype: dtype to load a named one in, e.g. "bfloat16".
+        adapter: a named base is loaded in the dtype that this adapter was trained in, without
+            which the fingerprints of a compact file cannot agree.
     """
     if not isinstance(base, str | Path):
         return base
     # By the package's public name, at run time: the adapter module knows no model families.
     import nora_diffusion
 
-    kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    names = {component.base_dtype for component in adapter.components.values()}
+    known = len(names) == 1 and names <= {"float32", "float16", "bfloat16"}
+    kwargs = {"dtype": getattr(torch, names.pop())} if known else {}
     return nora_diffusion.load_pipeline(base, **kwargs)
 
 

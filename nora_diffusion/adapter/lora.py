@@ -72,7 +72,7 @@ def export_lora(
         raise AdapterFileError(f"{path}: not a native adapter; give the file of save_adapter")
     adapter = parse_native(path, contents, fields)
     _check_exportable(path, adapter)
-    base = open_base(base, _dtype_of_training(adapter))
+    base = open_base(base, adapter)
     targets = components_of(base)
     matched = match_components(adapter.components, targets, str(path))
     pairs = _exact_pairs(path, adapter, targets, matched)
@@ -100,13 +100,6 @@ def _check_exportable(path: Path, adapter: NativeAdapter) -> None:
                 f"{path}: {name} has fully trained modules ({', '.join(component.saved)}), which a "
                 "LoRA file cannot hold; use the native file, or train without modules_to_save"
             )
-
-
-def _dtype_of_training(adapter: NativeAdapter) -> str | None:
-    """Dtype to load the base in, so that a compact file finds its weights."""
-    names = {component.base_dtype for component in adapter.components.values()}
-    known = names <= {"float32", "float16", "bfloat16"} and len(names) == 1
-    return names.pop() if known and not adapter.portable else None
 
 
 def _exact_pairs(

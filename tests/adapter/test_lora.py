@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from nora_diffusion import load_pipeline
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.adapter.files import (
     AdapterFileError,
@@ -50,10 +51,16 @@ def load_with_diffusers(pipe, path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("family", "init"),
-    [("sd15", "orthogonal"), ("sd15", "sigma"), ("sd2", "orthogonal"), ("sdxl", "sigma")],
-)
+    [
+        ("mini", "orthogonal"), ("sd15", "orthogonal"), ("sd15", "sigma"),
+        ("sd2", "orthogonal"), ("sdxl", "sigma"),
+    ],
+)  # fmt: skip
 def test_every_route_to_the_adapted_model_gives_the_same_output(tmp_path, family, init):
-    pipe = tiny_pipeline(family)
+    def plain():
+        return load_pipeline("mini") if family == "mini" else tiny_pipeline(family)
+
+    pipe = plain()
     base = predict(pipe)
     count = adapt(pipe, everything=True, init=init, scaling=1.3, seed=5)
     expected = predict(pipe)
@@ -66,7 +73,7 @@ def test_every_route_to_the_adapted_model_gives_the_same_output(tmp_path, family
     pipe.unfuse_lora(components=components)
 
     for layout in ("diffusers", "kohya"):
-        clean = tiny_pipeline(family)
+        clean = plain()
         out = export_lora(path, tmp_path / f"{layout}.safetensors", layout, base=clean)
         assert torch.equal(predict(clean), base)  # the pipeline lent to the export is untouched
         assert load_with_diffusers(clean, out) == count
@@ -74,7 +81,7 @@ def test_every_route_to_the_adapted_model_gives_the_same_output(tmp_path, family
         clean.set_adapters("lora", 0.0)
         assert torch.equal(predict(clean), base)
 
-        ours = tiny_pipeline(family)
+        ours = plain()
         assert load_adapter(ours, out, "ours") == adapted_modules(ours, "ours") == count
         assert distance(predict(ours), expected) <= 1e-5
 
@@ -140,6 +147,7 @@ def test_export_loads_a_named_base_in_the_dtype_of_training(tmp_path, monkeypatc
     pipe.save_pretrained(tmp_path / "base")
     count = adapt(pipe)
     path = save_adapter(pipe, tmp_path / "a.safetensors")
+    assert adapter_info(path, base=str(tmp_path / "base"))["fingerprints_ok"] is True
     out = export_lora(path, tmp_path / "lora.safetensors", base=str(tmp_path / "base"))
     assert load_with_diffusers(tiny_pipeline(), out) == count
 
