@@ -68,8 +68,14 @@ def main() -> None:
                 rows.append(ruler.measure(views, train_once(views, folder, seed, overrides), seed))
                 print(json.dumps(rows[-1]), flush=True)
                 summary = summarise(rows)
-                result = {"backend": NAME, "base": base_hash, "prompts": len(PROMPTS),
-                          "overrides": args.set, "summary": summary, "rows": rows}
+                result = {
+                    "backend": NAME,
+                    "base": base_hash,
+                    "prompts": len(PROMPTS),
+                    "overrides": args.set,
+                    "summary": summary,
+                    "rows": rows,
+                }
                 write_result(args.name, result)
     print(json.dumps(summary, indent=2))
 

@@ -1,6 +1,5 @@
 """Composites and captions: placement, determinism, wording."""
 
-from pathlib import Path
 from random import Random
 
 import pytest

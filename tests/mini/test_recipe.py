@@ -16,7 +16,10 @@ from nora_diffusion.mini.text import MAX_LENGTH, build_text_encoder, build_token
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
-    concepts = [Concept("dog", "standing dog", "dog", Path()), Concept("p", "pizza", "food", Path())]
+    concepts = [
+        Concept("dog", "standing dog", "dog", Path()),
+        Concept("p", "pizza", "food", Path()),
+    ]
     return build_tokenizer(concepts, tmp_path_factory.mktemp("tokenizer"))
 
 
