@@ -36,7 +36,7 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
         return handle
 
     def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layers = [layer for _, layer in iter_nora_layers(module) if _has_timestep_law(layer)]
+        layers = [layer for _, layer in iter_nora_layers(module) if has_timestep_law(layer)]
         if not layers:
             return
         latents = args[0] if args else next(iter(kwargs.values()))
@@ -87,12 +87,13 @@ def load_adapter(
     scheduler = getattr(pipe_or_model, "scheduler", None)
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     for model in _denoisers(pipe_or_model):
-        if any(_has_timestep_law(layer) for _, layer in iter_nora_layers(model)):
+        if any(has_timestep_law(layer) for _, layer in iter_nora_layers(model)):
             attach_timestep_rank(model, steps)
     return result
 
 
-def _has_timestep_law(layer: NoraLayer) -> bool:
+def has_timestep_law(layer: NoraLayer) -> bool:
+    """Whether any adapter on the layer has ``timestep_rank``."""
     return any(config.timestep_rank is not None for config in layer.nora_config.values())
 
 

@@ -27,6 +27,7 @@ from nora_diffusion.families.base import (
 
 ADAPTER_FILE = "adapter.safetensors"
 STEPS, GUIDANCE = 25, 5.0
+_GAP_PX, _GUTTER_PX = 4, 170  # of sheets: between tiles, and for the labels of rows
 _BATCH_PX = 2 * 512 * 512  # pixels denoised at once: two 512 px pictures fit 8 GB
 
 
@@ -241,8 +242,8 @@ def contact_sheet(
     largest = max((max(image.size) for row in rows for image in row if image), default=128)
     tile = tile_px or min(256, max(128, largest))
     font = ImageFont.load_default(14)
-    gap, line = 4, 18
-    gutter = 170 if any(row_labels) else 0
+    gap, line = _GAP_PX, 18
+    gutter = _GUTTER_PX if any(row_labels) else 0
     columns = max((len(row) for row in rows), default=0)
     top = gap + line * (bool(title) + any(map(bool, column_labels)))
     width = gutter + gap + columns * (tile + gap)
@@ -274,19 +275,23 @@ def before_after_sheet(
     """The subject's photos, then for each prompt the base's pictures beside the adapted ones.
 
     Args:
-        photos: of the subject; as many as fit are shown.
+        photos: of the subject, in one row.
         prompts: one a row.
         before: for each prompt the base's pictures.
         after: for each prompt the adapted model's, with the same seeds.
     """
-    n = max((len(row) for row in before), default=1)
-    rows: list[list[Image.Image | None]] = [list(photos[: 2 * n + 1])]
-    rows += [[*old, None, *new] for old, new in zip(before, after, strict=True)]
-    headings = ["before (base)", *[""] * n, "after (NoRA)"]
-    largest = max(max(image.size) for row in before for image in row)
-    return contact_sheet(
-        rows, ["your photos", *prompts], headings, tile_px=min(256, max(128, largest))
-    )
+    tile = min(256, max(128, *(max(image.size) for row in before for image in row)))
+    old = contact_sheet(before, prompts, ["before (base)"], tile_px=tile)
+    new = contact_sheet(after, [], ["after (NoRA)"], tile_px=tile)
+    compared = Image.new("RGB", (old.width + new.width + 12, old.height), "white")
+    compared.paste(old, (0, 0))
+    compared.paste(new, (old.width + 12, 0))
+    room = (compared.width - _GUTTER_PX - _GAP_PX) // max(1, len(photos)) - _GAP_PX
+    strip = contact_sheet([photos], ["your photos"], tile_px=max(32, min(tile, room)))
+    sheet = Image.new("RGB", (compared.width, strip.height + 8 + compared.height), "white")
+    sheet.paste(strip, (0, 0))
+    sheet.paste(compared, (0, strip.height + 8))
+    return sheet
 
 
 def _paste(sheet: Image.Image, image: Image.Image, place: tuple[int, int], tile: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,7 +46,8 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
         UserError: when there is no such base, or none of a family this package knows.
     """
     source = locate(base)
-    return family_class(detect_family(source)).load_pipeline(source, **kwargs)
+    with _quiet(source):
+        return family_class(detect_family(source)).load_pipeline(source, **kwargs)
 
 
 def load_family(
@@ -63,7 +65,8 @@ def load_family(
             f'model.family = "{family}": {base} is of family "{found}"; '
             f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
         )
-    loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
+    with _quiet(source):
+        loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
     if isinstance(source, Path):  # as another working folder would have to name it
         shipped = source.parent == ASSETS
         loaded.components.base = source.name if shipped else str(source.resolve())
@@ -131,6 +134,12 @@ def detect_family(source: Any) -> str:
             f"{', '.join(PIPELINES)}"
         )
     return PIPELINES[class_name]
+
+
+def _quiet(source: str | Path) -> AbstractContextManager[None]:
+    from nora_diffusion.families.quiet import quiet_loading
+
+    return quiet_loading(bars=isinstance(source, str))  # a hub id may have to be downloaded
 
 
 def _pipeline_class(source: str | Path) -> str:

@@ -14,7 +14,7 @@ from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.statistics import fit_basis
 from nora_diffusion.config import DreamboothConfig, UserError
-from nora_diffusion.denoiser_hooks import attach_timestep_rank, load_adapter
+from nora_diffusion.denoiser_hooks import attach_timestep_rank, has_timestep_law, load_adapter
 from nora_diffusion.families.base import Family
 from nora_diffusion.sampling import adapter_path
 from nora_diffusion.train.common import derive_seed
@@ -67,7 +67,8 @@ def add_adapters(
         restore_factors(models, fitted)
     elif not all(layer.outer(NAME).derived for _, layer in iter_nora_layers(denoiser)):
         _fit(cfg, family, inputs)
-    attach_timestep_rank(denoiser, family.num_timesteps)
+    if any(has_timestep_law(layer) for _, layer in iter_nora_layers(denoiser)):
+        attach_timestep_rank(denoiser, family.num_timesteps)
 
 
 def adapter_config(cfg: DreamboothConfig, family: Family, *, denoiser: bool) -> NoraConfig:

@@ -1,0 +1,46 @@
+"""Loading without the libraries' remarks and progress bars that tell a user nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+# Said of every base with a tiny autoencoder, and of every machine without torchvision: both work.
+_HARMLESS = {
+    "diffusers.configuration_utils": "were passed to AutoencoderTiny",
+    "diffusers.pipelines.pipeline_utils": "Expected types for",
+    "transformers.utils.import_utils": "requires torchvision",
+}
+
+
+@contextmanager
+def quiet_loading(bars: bool = False) -> Iterator[None]:
+    """Drop the harmless remarks, and the bars that run for a second; warnings stay.
+
+    Args:
+        bars: keep the progress bars, as downloads deserve.
+    """
+    with ExitStack() as stack:
+        for name, text in _HARMLESS.items():
+            stack.enter_context(_without(logging.getLogger(name), text))
+        for library in () if bars else (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                stack.callback(library.enable_progress_bar)
+        yield
+
+
+@contextmanager
+def _without(logger: logging.Logger, text: str) -> Iterator[None]:
+    def keep(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
