@@ -62,7 +62,7 @@ def kohya_name(component: str, module: str, dialect: Dialect) -> str:
     else:
         raise ValueError(
             f"layout 'kohya' names the modules of SD 1.x, SD 2.x and SDXL, not of {component!r}; "
-            "use layout='diffusers', which A1111-style programs for newer models read as well"
+            "use layout='diffusers'"
         )
     return prefix + path.replace(".", "_")
 

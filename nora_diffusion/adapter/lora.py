@@ -49,7 +49,7 @@ def export_lora(
         path: native file, or a folder with one.
         out: file to write. For layout "peft" the folder of the PEFT adapter (with one subfolder a
             component if there are several), or its file `adapter_model.safetensors`.
-        layout: "diffusers" (`pipe.load_lora_weights`, ComfyUI), "kohya" (A1111, ComfyUI,
+        layout: "diffusers" (`pipe.load_lora_weights`), "kohya" (A1111, Forge, ComfyUI,
             sd-scripts; SD 1.x, 2.x and SDXL) or "peft" (`PeftModel.from_pretrained`).
         base: the base model it was trained on: a loaded pipeline or model (left as it is), or what
             `load_pipeline` takes.
