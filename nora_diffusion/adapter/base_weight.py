@@ -31,8 +31,8 @@ def read(layer: BaseTunerLayer) -> Tensor:
     base: Any = layer.get_base_layer()
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        # bitsandbytes repacks 4-bit weights for inference on a CPU, a layout that its dequantisation
-        # misreads; saving the layer brings the plain layout back.
+        # bitsandbytes repacks 4-bit weights for inference on a CPU, in a layout that its
+        # dequantisation misreads; saving the layer brings the plain layout back.
         base.state_dict()
     return layer.get_base_weight()
 

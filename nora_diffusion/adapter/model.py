@@ -69,8 +69,8 @@ def derive_factors(model: nn.Module, adapter_name: str = "default") -> None:
             empty.append(name)
     if empty:
         warnings.warn(
-            f"NoRA: the weight of {len(empty)} modules is all zero, e.g. {empty[0]}; they get a "
-            f"seeded random basis and init='orthogonal'",
+            f"NoRA: the weight of {len(empty)} module(s) is all zero, e.g. {empty[0]}; they get a "
+            "seeded random basis and init='orthogonal'",
             stacklevel=2,
         )
 
@@ -158,8 +158,8 @@ class NoraModel(BaseTuner):
                 clamped.append(f"{name} (r={r}, inner_r={inner_r})")
         if clamped:
             warnings.warn(
-                f"NoRA: the ranks are lowered in {len(clamped)} modules, since r cannot exceed the "
-                f"weight's smaller side nor inner_r exceed r, e.g. {clamped[0]}",
+                f"NoRA: the ranks are lowered in {len(clamped)} module(s), since r cannot exceed "
+                f"the weight's smaller side nor inner_r exceed r, e.g. {clamped[0]}",
                 stacklevel=2,
             )
 
