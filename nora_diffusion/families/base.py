@@ -118,7 +118,6 @@ class Family(Protocol):
 
     Attributes:
         name: name of the family in ``families.FAMILIES``.
-        pipelines: diffusers pipeline classes it handles.
         targets: module-name endings in the denoiser for each of ``adapter.targets``.
         text_targets: module-name endings in the text encoders.
         components: the loaded parts.
@@ -128,7 +127,6 @@ class Family(Protocol):
     """
 
     name: ClassVar[str]
-    pipelines: ClassVar[tuple[str, ...]]
     targets: ClassVar[Mapping[str, tuple[str, ...]]]
     text_targets: ClassVar[tuple[str, ...]]
     components: Components

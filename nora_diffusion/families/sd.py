@@ -22,7 +22,6 @@ class StableDiffusion:
     """A loaded Stable Diffusion; see ``base.Family`` for the members."""
 
     name: ClassVar[str] = "sd"
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "attention": ("to_q", "to_k", "to_v", "to_out.0"),
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
+from nora_diffusion.adapter.components import adaptable_modules
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.statistics import fit_basis
 from nora_diffusion.config import DreamboothConfig, UserError
@@ -56,8 +57,10 @@ def add_adapters(
     if cfg.adapter.init_from is not None:
         _load_start(cfg.adapter.init_from, family, models)
     for component, model in models.items():
-        if not any(True for _ in iter_nora_layers(model)):
-            config = adapter_config(cfg, family, denoiser=model is family.components.denoiser)
+        config = adapter_config(cfg, family, denoiser=model is family.components.denoiser)
+        if any(True for _ in iter_nora_layers(model)):
+            _check_start(str(cfg.adapter.init_from), component, model, config)
+        else:
             _add(component, model, config)
         for _, layer in iter_nora_layers(model):
             for pair in (layer.nora_inner_A, layer.nora_inner_B):
@@ -181,6 +184,32 @@ def _load_start(source: str, family: Family, models: dict[str, nn.Module]) -> No
         raise UserError(
             f'adapter.init_from = "{source}": this is a LoRA file; a run starts from a native NoRA '
             "file (adapter.safetensors)"
+        )
+
+
+def _check_start(source: str, component: str, model: nn.Module, wanted: NoraConfig) -> None:
+    """What is loaded must be what the config describes, or the saved config would be untrue."""
+    layers = dict(iter_nora_layers(model))
+    given = next(iter(layers.values())).nora_config[NAME]
+    fields = ("r", "inner_r", "scaling", "dropout", "init", "basis", "seed", "timestep_rank")
+    differing = [
+        f"{name} = {getattr(given, name)!r} (here {getattr(wanted, name)!r})"
+        for name in fields
+        if getattr(given, name) != getattr(wanted, name)
+    ]
+    endings = tuple(f".{ending}" for ending in wanted.target_modules or ())
+    matched = {
+        name
+        for name, module in adaptable_modules(model).items()
+        if f".{name}".endswith(endings) and hasattr(module, "weight")
+    }
+    if matched != layers.keys():
+        differing.append(f"{len(layers)} adapted modules (here {len(matched)})")
+    if differing:
+        section = "text_encoder" if component.startswith("text_encoder") else "adapter"
+        raise UserError(
+            f'adapter.init_from = "{source}": its {component} has {", ".join(differing)}; set the '
+            f"keys of [{section}] to the file's values"
         )
 
 

@@ -323,6 +323,11 @@ def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
 def _failures_reported(report: Report) -> Iterator[None]:
     try:
         yield
+    except common.TrainingInterrupted:  # has been reported, with its step
+        raise
+    except KeyboardInterrupt:
+        report.event("stopped", message="stopped outside the training steps")
+        raise
     except Exception as error:
         report.event("error", message=str(error) or type(error).__name__)
         raise

@@ -17,7 +17,7 @@ from nora_diffusion.data.cache import encode_items
 from nora_diffusion.data.dataset import Dataset, class_items, class_prompt, subject_views
 from nora_diffusion.data.images import Photo, describe_skipped, read_photos
 from nora_diffusion.families.base import Conditioning, Family
-from nora_diffusion.sampling import sample_prompts, save_png
+from nora_diffusion.sampling import GUIDANCE, STEPS, sample_prompts, save_png
 from nora_diffusion.train.common import weights_digest
 from nora_diffusion.train.report import Report
 
@@ -121,9 +121,8 @@ def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[
     prompt = class_prompt(cfg.data.class_name)
     for start in range(0, len(missing), 16):
         seeds = [CLASS_SEED + index for index in missing[start : start + 16]]
-        images = sample_prompts(
-            family, [prompt], seeds, steps=cfg.sample.steps, guidance=cfg.sample.guidance
-        )[0]
+        # With fixed settings: sample.* may change before a resume, these pictures must not.
+        images = sample_prompts(family, [prompt], seeds)[0]
         for seed, image in zip(seeds, images, strict=True):
             origin = {"prompt": prompt, "seed": seed, "base": family.components.base}
             save_png(image, folder / f"class-{seed}.png", origin)
@@ -141,8 +140,8 @@ def _class_folder(cfg: DreamboothConfig, family: Family) -> Path:
         weights_digest(family.components.denoiser),
         str(family.components.dtype),
         cfg.data.class_name,
-        cfg.sample.steps,
-        cfg.sample.guidance,
+        STEPS,
+        GUIDANCE,
     ]
     name = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:24]
     return cache / "class-images" / name

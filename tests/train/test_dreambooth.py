@@ -573,6 +573,32 @@ def test_native_and_lora_file_draw_the_samples_of_the_run(finished, base):
         assert difference <= 1, kind
 
 
+def test_a_text_encoder_adapter_travels_in_the_same_file(make_config, base):
+    cfg = make_config(
+        text_encoder={"train": True, "r": 8, "inner_r": 2},
+        train={"steps": 3, "batch_size": 2, "learning_rate": 0.05, "lr_warmup_steps": 0},
+    )
+    run = dreambooth.run(cfg)
+    assert {name.split(".")[0] for name in trained(run)} == {"unet", "text_encoder"}
+    with Image.open(next((run / "samples").glob("00-*.png"))) as image:
+        drawn = image.convert("RGB").tobytes()
+    pipe = load_pipeline(base)
+    pipe.set_progress_bar_config(disable=True)
+    load_adapter(pipe, run / "adapter.safetensors")
+    again = pipe(
+        "a sks toy", num_inference_steps=1, guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0].tobytes()  # fmt: skip
+    assert max(abs(a - b) for a, b in zip(again, drawn, strict=True)) <= 1
+
+
+def test_class_images_stay_the_same_when_sampling_changes_before_a_resume(make_config, tmp_path):
+    train = {"steps": 2, "prior": "class_images", "prior_images": 2, "batch_size": 2}
+    dreambooth.run(make_config(train=train))
+    changed = {"prompts": ["a toy"], "n": 1, "steps": 2, "guidance": 2.0}
+    dreambooth.run(make_config(train={**train, "steps": 3}, sample=changed), resume=True)
+
+
 def test_the_snippets_of_the_model_card_run(finished, monkeypatch, tmp_path):
     card = (finished / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -618,6 +644,12 @@ def test_a_run_can_start_from_an_adapter(make_config, tmp_path, finished):
     assert after.keys() == start.keys()
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, start[name], rtol=0, atol=1e-6)
+    other = make_config(adapter={"r": 8, "inner_r": 1, "init_from": str(finished)})
+    with pytest.raises(UserError, match=r"inner_r = 2 \(here 1\); set the keys of \[adapter\]"):
+        prepared(other, tmp_path)
+    wider = {"r": 8, "inner_r": 2, "targets": ["attention", "feed_forward"]}
+    with pytest.raises(UserError, match=r"32 adapted modules \(here \d+\)"):
+        prepared(make_config(adapter={**wider, "init_from": str(finished)}), tmp_path)
     lora = make_config(adapter={"init_from": str(finished / "pytorch_lora_weights.safetensors")})
     with pytest.raises(UserError, match="init_from.*LoRA file"):
         prepared(lora, tmp_path)
