@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from nora_diffusion import load_pipeline
 from nora_diffusion.config import UserError
-from nora_diffusion.families import detect_family, single_file
+from nora_diffusion.families import detect_family, load_family, single_file
 from tests.families.ldm import ldm_checkpoint
 from tests.tiny import predict, tiny_pipeline
 
@@ -82,6 +83,29 @@ def test_prediction_type_is_read_off_the_weights():
     assert not single_file.predicts_velocity(_Answering(1.0))
     assert single_file.predicts_velocity(_Answering(0.05))
     assert single_file.predicts_velocity(_Answering(-0.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pixels"), [("sd15", 512), ("sd21", 768)])
+def test_a_full_size_file_loads_with_nothing_but_what_is_shipped(name, pixels, tmp_path):
+    folder = CONFIGS / name
+    parts = {
+        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+        "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+    }
+    pipe = SimpleNamespace(**{part: model.half() for part, model in parts.items()})
+    save_file(ldm_checkpoint(pipe), tmp_path / "model.safetensors")
+    kinds = {"prediction_type": "v_prediction"} if name == "sd21" else {}
+    family = load_family(
+        tmp_path / "model.safetensors", dtype=torch.float16, device=torch.device("cpu"), **kinds
+    )
+    assert family.resolution_px == pixels
+    for part, model in parts.items():
+        loaded = dict(getattr(family.components.pipeline, part).named_parameters())
+        assert loaded.keys() == dict(model.named_parameters()).keys()
+        for parameter, value in model.named_parameters():
+            assert torch.equal(loaded[parameter].half(), value)
 
 
 def _write(path: Path, shapes: dict[str, list[int]]) -> Path:
