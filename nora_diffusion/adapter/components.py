@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -194,7 +195,7 @@ class Snapshot:
     def restore(self, adapter_name: str) -> None:
         """Remove an added adapter and every module that was put in for it."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f"Adapter {adapter_name} was active")
+            warnings.filterwarnings("ignore", message=f"Adapter {re.escape(adapter_name)} was")
             for module in self._children:
                 if isinstance(module, BaseTunerLayer):
                     module.delete_adapter(adapter_name)

@@ -42,8 +42,8 @@ from .native import (
     FORMAT_VERSION,
     Component,
     NativeAdapter,
-    config_fields,
     config_from_json,
+    config_to_json,
     parse_header,
     parse_native,
     write_native,
@@ -237,7 +237,7 @@ def _describe(component: Component) -> dict[str, Any]:
     numbers = sum(pair.inner_A.numel() + pair.inner_B.numel() for pair in pairs)
     numbers += sum(p.numel() for saved in component.saved.values() for p in saved.values())
     return {
-        "config": config_fields(component.config),
+        "config": config_to_json(component.config),
         "modules": len(component.modules),
         "trainable_parameters": numbers,
         "base_dtype": component.base_dtype,
@@ -247,7 +247,7 @@ def _describe(component: Component) -> dict[str, Any]:
 def _describe_lora(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return {
         name: {
-            "config": config_fields(config_from_json(path, entry.get("config"))),
+            "config": config_to_json(config_from_json(path, entry.get("config"))),
             "modules": entry.get("modules"),
             "trainable_parameters": entry.get("parameters"),
             "base_dtype": entry.get("base_dtype"),

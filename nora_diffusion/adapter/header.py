@@ -196,4 +196,4 @@ def _as_tensor(name: str, entry: dict[str, Any]) -> torch.Tensor:
     shape = cast("list[int]", entry["shape"])
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(entry["data"]), dtype=dtype).reshape(shape)
+    return torch.frombuffer(entry["data"], dtype=dtype).reshape(shape)

@@ -172,24 +172,13 @@ def parse_native(path: Path, contents: header.Contents, fields: dict[str, Any]) 
     return NativeAdapter(components, portable, about, contents.metadata[CHECKSUM_KEY])
 
 
-def config_fields(config: NoraConfig) -> dict[str, Any]:
-    """All fields of a configuration as JSON values."""
+def config_to_json(config: NoraConfig) -> dict[str, Any]:
+    """All fields of a configuration as JSON values; later versions may have other defaults."""
     found: dict[str, Any] = {}
     for name in sorted(_CONFIG_FIELDS):
         value = getattr(config, name)
         found[name] = sorted(cast("set[str]", value)) if isinstance(value, set) else value
     return found
-
-
-def config_to_json(config: NoraConfig) -> dict[str, Any]:
-    """What a file records of a configuration: what is not the default, and what defines it."""
-    defaults = config_fields(NoraConfig())
-    return {
-        name: value
-        for name, value in config_fields(config).items()
-        # A later version may choose other defaults for these.
-        if value != defaults[name] or name in ("r", "inner_r", "init", "basis", "seed")
-    }
 
 
 def config_from_json(path: Path, fields: Any) -> NoraConfig:
