@@ -7,6 +7,7 @@ of attention block, resnets, samplers, time and text embeddings) is there.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft.tuners.lora import LoraLayer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 
 FAMILIES = ("sd15", "sd2", "sdxl")
@@ -205,6 +209,25 @@ def predict(pipe: Any, prompt: str = PROMPT, seed: int = 1) -> torch.Tensor:
     return pipe.unet(latents.to(dtype), timesteps, **conditioning).sample.float()
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference between two outputs."""
+    return (a - b).abs().max().item()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Two layers, width 32; its projections are transposed linear layers (`Conv1D`)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16)
+        return GPT2LMHeadModel(config).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of a language model on a fixed text, (1, 12, V)."""
+    return model(torch.arange(12)[None]).logits
+
+
 def base_bytes(model: torch.nn.Module) -> dict[str, bytes]:
     """Raw bytes of every base parameter and buffer, named as if no adapter were there."""
     found: dict[str, bytes] = {}
@@ -263,4 +286,14 @@ def adapted_modules(pipe: Any, name: str = "default") -> int:
         name in getattr(module, "scaling", {})
         for component in ("unet", *text_encoder_names(pipe))
         for module in getattr(pipe, component).modules()
+    )
+
+
+def load_with_diffusers(pipe: Any, path: Path) -> int:
+    """What a user without this package does; returns how many modules diffusers adapted."""
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
+    return sum(
+        isinstance(module, LoraLayer) and "lora" in module.lora_A
+        for name in ("unet", *text_encoder_names(pipe))
+        for module in getattr(pipe, name).modules()
     )
