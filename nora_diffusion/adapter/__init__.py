@@ -4,6 +4,9 @@ Afterwards `peft.get_peft_model`, `PeftModel.from_pretrained`, diffusers' and tr
 ``add_adapter`` take a `NoraConfig` like any other PEFT configuration.
 """
 
+# PEFT's and torch's own annotations are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import register_peft_method
 

@@ -84,4 +84,5 @@ def write(layer: BaseTunerLayer, weight: Tensor) -> None:
         layer.set_base_weight(weight)
         return
     # In place, so that tied weights and views of flattened parameters follow.
-    layer.get_base_layer().weight.data.copy_(weight)
+    base: Any = layer.get_base_layer()
+    base.weight.data.copy_(weight)

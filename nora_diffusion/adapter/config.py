@@ -126,8 +126,9 @@ def timestep_law(config: NoraConfig) -> tuple[float, int] | None:
     given = config.timestep_rank
     if given is None:
         return None
-    fields = given if isinstance(given, dict) else {"alpha": given}
-    alpha, k_min = fields.get("alpha"), fields.get("k_min", 1)
+    fields: dict[str, Any] = given if isinstance(given, dict) else {"alpha": given}
+    alpha: Any = fields.get("alpha")
+    k_min: Any = fields.get("k_min", 1)
     known = set(fields) <= {"alpha", "k_min"}
     if not known or not _is_number(alpha) or not _is_int(k_min) or alpha < 0 or k_min < 0:
         raise ValueError(

@@ -12,6 +12,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -55,7 +56,8 @@ def fingerprint(weight: Tensor) -> str:
     data = weight.detach().to("cpu").contiguous()
     name = str(data.dtype).removeprefix("torch.")
     digest = hashlib.sha256(f"{name}{tuple(data.shape)}".encode())
-    digest.update(memoryview(data.flatten().view(torch.uint8).numpy()))
+    raw: Any = data.flatten().view(torch.uint8).numpy()
+    digest.update(memoryview(raw))
     return digest.hexdigest()
 
 
@@ -84,9 +86,11 @@ def cached_factors(fingerprint: str, r: int, basis: str, seed: int) -> Factors |
     if path is None or not path.is_file():
         return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            recorded = (file.metadata() or {}).get("checksum")
+        opened: Any = safetensors.safe_open(path, framework="pt")
+        with opened as file:
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in _TENSORS}
+            metadata: dict[str, str] = file.metadata() or {}
+            recorded = metadata.get("checksum")
     except (OSError, safetensors.SafetensorError):
         recorded, tensors = None, {}
     if recorded is None or recorded != _checksum(path.name, tensors):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ Basis = Literal["weight", "weight_minor", "activation", "gradient", "random"]
 BASES: tuple[Basis, ...] = ("weight", "weight_minor", "activation", "gradient", "random")
 #: Bases that need statistics of data beside the weight, so that their files must carry the factors.
 DATA_BASES: tuple[Basis, ...] = ("activation", "gradient")
+
+# torch ships no annotations for its linear algebra.
+_linalg: Any = torch.linalg
 
 _OVERSAMPLING = 8
 # Shares of the largest singular value. Values closer together than the first have no individual
@@ -226,18 +229,18 @@ def _outer_basis(
         left, _, right = _singular_triplets(matrix * scale, r, seed)
         right = _positive_qr((right / scale).mT).mT
     # These bases do not diagonalise W: their values are those of the core U^T W V^T.
-    values = torch.linalg.svdvals(left.mT @ matrix @ right.mT)
+    values = _linalg.svdvals(left.mT @ matrix @ right.mT)
     return left, values, right
 
 
 def _singular_triplets(matrix: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the top ``r`` triplets with canonical bases, completion and signs."""
     if min(matrix.shape) <= 2 * r:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        left, values, right = _linalg.svd(matrix, full_matrices=False)
     else:
         span = _dominant_subspace(matrix, r + _OVERSAMPLING, seed)
         # The small factorisation: span^T W = B S V, so that U = span B gives U^T W = S V exactly.
-        small, values, small_left = torch.linalg.svd(matrix.mT @ span, full_matrices=False)
+        small, values, small_left = _linalg.svd(matrix.mT @ span, full_matrices=False)
         left, right = span @ small_left.mT, small.mT
     left, right = _canonical_clusters(left, values, right, seed)
     left, values, right = left[:, :r], values[:r], right[:r]
@@ -268,10 +271,10 @@ def _dominant_subspace(matrix: Tensor, columns: int, seed: int) -> Tensor:
         # their digits instead of cond^2 * eps. With W^T Q = Z R the shifted block is
         # (W W^T - shift) Q R^-1 = W Z - shift Q R^-1, whose span is the same.
         image, upper = _orthonormalise(matrix.mT @ span)
-        ritz = torch.linalg.svdvals(upper).square()
+        ritz = _linalg.svdvals(upper).square()
         block = matrix @ image
         if bool(ritz[-1] > _RANK_TOLERANCE**2 * ritz[0]):
-            inverse = torch.linalg.solve_triangular(upper, span, upper=True, left=False)
+            inverse = _linalg.solve_triangular(upper, span, upper=True, left=False)
             block = block - (root * ritz[-1]) * inverse
         span, _ = _orthonormalise(block)
     # One Cholesky-QR leaves an error of cond^2 * eps, the second removes it.
@@ -280,13 +283,13 @@ def _dominant_subspace(matrix: Tensor, columns: int, seed: int) -> Tensor:
 
 def _orthonormalise(block: Tensor) -> tuple[Tensor, Tensor]:
     """QR by Cholesky, several times faster on tall blocks than Householder, its fallback."""
-    cholesky, info = torch.linalg.cholesky_ex(block.mT @ block)
+    cholesky, info = _linalg.cholesky_ex(block.mT @ block)
     pivots = cholesky.diagonal()
     # Beyond a condition number of about 1e6 the Gram matrix has lost most of float64's digits.
     if int(info) != 0 or not bool(pivots.min() > 1e-6 * pivots.max()):
-        return torch.linalg.qr(block)
+        return _linalg.qr(block)
     upper = cholesky.mT
-    return torch.linalg.solve_triangular(upper, block, upper=True, left=False), upper
+    return _linalg.solve_triangular(upper, block, upper=True, left=False), upper
 
 
 def _canonical_clusters(
@@ -301,7 +304,8 @@ def _canonical_clusters(
     if not bool(joined.any()):
         return left, right
     left, right = left.clone(), right.clone()
-    bounds = [0, *(torch.nonzero(~joined).flatten() + 1).tolist(), len(values)]
+    ends = [int(end) + 1 for end in torch.nonzero(~joined)]
+    bounds = [0, *ends, len(values)]
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         # Null directions are replaced by `_complete` whatever they are.
         if end - begin < 2 or bool(values[begin] <= _RANK_TOLERANCE * values[0]):
@@ -323,7 +327,7 @@ def _complete(columns: Tensor, count: int, seed: int, purpose: str) -> Tensor:
 
 def _positive_qr(block: Tensor) -> Tensor:
     """Q of the QR with a positive diagonal of R, which makes it unique."""
-    orthonormal, upper = torch.linalg.qr(block)
+    orthonormal, upper = _linalg.qr(block)
     return orthonormal * torch.where(upper.diagonal() < 0, -1.0, 1.0)
 
 
@@ -342,4 +346,4 @@ def _start_matrix(rows: int, columns: int, seed: int, purpose: str) -> Tensor:
     key = np.random.SeedSequence([*purpose.encode(), rows, columns, seed & (2**64 - 1)])
     words = np.random.Philox(key).random_raw(rows * columns)
     entries = (words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
-    return torch.from_numpy(entries.reshape(rows, columns))
+    return torch.as_tensor(entries.reshape(rows, columns))

@@ -30,25 +30,14 @@ class NoraLayer(NoraState):
         """
         P, Q = self.nora_inner_B[adapter_name], self.nora_inner_A[adapter_name]
         law = timestep_law(self.nora_config[adapter_name])
-        active = None
-        if law is not None and progress is not None:
-            # T-LoRA (arXiv 2507.05964, eq. 5): noisier samples see fewer inner dimensions.
-            alpha, k_min = law
-            k = P.shape[1]
-            k_min = min(k_min, k)
-            clean = 1 - progress.to(device=P.device, dtype=torch.float32).clamp(0, 1)
-            # The small term keeps floor() from losing a whole dimension to rounding.
-            k_active = torch.floor(clean**alpha * (k - k_min) + 1e-4) + k_min
-            active = (torch.arange(k, device=P.device) < k_active[:, None, None]).to(P.dtype)
+        active = 1.0 if law is None or progress is None else _active(P, progress, *law)
         if adapter_name not in self.nora_initial_A:
-            core = (P if active is None else P * active) @ Q
+            core = (P * active if isinstance(active, Tensor) else P) @ Q
         else:
             # P Q - P0 Q0 without the cancellation: exactly zero at the start in every precision.
-            P0, Q0 = self.nora_initial_B[adapter_name], self.nora_initial_A[adapter_name]
-            moved = P - P0
-            if active is not None:
-                moved, P0 = moved * active, P0 * active
-            core = moved @ Q + P0 @ (Q - Q0)
+            initial_P, initial_Q = self.initial_pair(adapter_name)
+            moved = P - initial_P
+            core = (moved * active) @ Q + (initial_P * active) @ (Q - initial_Q)
         return core * self.scaling[adapter_name]
 
     def _updates(self) -> list[tuple[OuterFactors, float, Tensor]]:
@@ -145,8 +134,9 @@ class NoraLayer(NoraState):
         outer = self.outer(adapter)
         left, right = self.nora_inner_B[adapter].float(), self.nora_inner_A[adapter].float()
         if adapter in self.nora_initial_A:
-            left = torch.cat([left, -self.nora_initial_B[adapter].float()], dim=1)
-            right = torch.cat([right, self.nora_initial_A[adapter].float()], dim=0)
+            initial_P, initial_Q = self.initial_pair(adapter)
+            left = torch.cat([left, -initial_P.float()], dim=1)
+            right = torch.cat([right, initial_Q.float()], dim=0)
         lora_B = self.scaling[adapter] * (outer.outer_B.float() @ left)
         return right @ outer.outer_A.float(), lora_B
 
@@ -298,6 +288,19 @@ class Conv2d(NoraLayer):
 
     def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
         return F.conv2d(hidden, U[:, :, None, None])
+
+
+def _active(P: Tensor, progress: Tensor, alpha: float, k_min: int) -> Tensor:
+    """Mask ``(B, 1, k)`` of the inner dimensions each sample uses (T-LoRA, arXiv 2507.05964).
+
+    The noisier a sample, the fewer: ``k(t) = floor((1 - t/T)^alpha (k - k_min)) + k_min``.
+    """
+    k = P.shape[1]
+    k_min = min(k_min, k)
+    clean = 1 - progress.to(device=P.device, dtype=torch.float32).clamp(0, 1)
+    # The small term keeps floor() from losing a whole dimension to rounding.
+    k_active = torch.floor(clean**alpha * (k - k_min) + 1e-4) + k_min
+    return (torch.arange(k, device=P.device) < k_active[:, None, None]).to(P.dtype)
 
 
 def _a_core_each(core: Tensor, samples: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """`NoraModel`: which module gets which layer, and when the outer factors are derived."""
 
+# PEFT's and torch's own annotations are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -80,9 +84,7 @@ class NoraModel(BaseTuner):
 
     prefix: str = "nora_"
     tuner_layer_cls = NoraLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = (
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    )
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -95,21 +97,22 @@ class NoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: NoraConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        config = cast(NoraConfig, peft_config)
         r = _from_pattern(config.rank_pattern, current_key, config.r)
         inner_r = _from_pattern(config.inner_rank_pattern, current_key, config.inner_r)
         if isinstance(target, NoraLayer):
             target.update_layer(adapter_name, config, r, inner_r)
             return
         layer = self._create_new_module(target, current_key)
-        layer._active_adapter = adapter_name
+        layer.set_adapter([adapter_name])
         layer.update_layer(adapter_name, config, r, inner_r)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter does not start trainable
@@ -141,7 +144,7 @@ class NoraModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for _, layer in iter_nora_layers(self.model):
+        for _, layer in iter_nora_layers(cast(nn.Module, self.model)):
             layer.cast_inner_to_base(adapter_name)
 
     @staticmethod

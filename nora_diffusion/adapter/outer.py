@@ -1,5 +1,8 @@
 """The frozen outer pair as a module, shared by all adapters of one spec on one layer."""
 
+# PEFT's and torch's own annotations are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -86,8 +89,9 @@ class OuterFactors(nn.Module):
         shapes = f"U {tuple(self.outer_B.shape)}, V {tuple(self.outer_A.shape)}"
         return f"{shapes}, basis={self.spec.basis}, seed={self.spec.seed}{state}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        state_dict, prefix = args[:2]
         if prefix + "outer_A" in state_dict:
             self.derived = True
             self.native = False

@@ -1,5 +1,8 @@
 """What a NoRA layer holds: per-adapter factors, how they are made and shared, and their scale."""
 
+# PEFT's and torch's own annotations are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -100,10 +103,11 @@ class NoraState(BaseTunerLayer, nn.Module):
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device of the base weight, and the float dtype it computes in."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is None:  # HQQ keeps its codes under another name
-            device = next(self.get_base_layer().parameters()).device
-        return device, dtype if dtype in _FLOATS else torch.float32
+        base: Any = self.get_base_layer()
+        found: tuple[Any, Any] = self._get_base_layer_device_and_dtype(base)
+        # HQQ keeps its codes under another name.
+        device = found[0] or next(base.parameters()).device
+        return device, found[1] if found[1] in _FLOATS else torch.float32
 
     # ---- adapters --------------------------------------------------------------------------------
 
@@ -154,6 +158,11 @@ class NoraState(BaseTunerLayer, nn.Module):
     def nora_outer_B(self) -> OuterView:
         """``U (out, r)`` of every adapter."""
         return OuterView(self.nora_outer, "outer_B")
+
+    def initial_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return ``P0, Q0`` of an adapter that is in `nora_initial_A`."""
+        pair = self.nora_initial_B[adapter_name], self.nora_initial_A[adapter_name]
+        return cast("tuple[Tensor, Tensor]", pair)
 
     def _outers(self) -> Iterator[OuterFactors]:
         return (self.outer(name) for name in self.nora_outer)
@@ -244,13 +253,14 @@ class NoraState(BaseTunerLayer, nn.Module):
         if P.is_meta or Q.is_meta:
             return
         if adapter_name in self.nora_initial_A:
-            P.copy_(self.nora_initial_B[adapter_name])
-            Q.copy_(self.nora_initial_A[adapter_name])
+            for parameter, initial in zip((P, Q), self.initial_pair(adapter_name), strict=True):
+                parameter.copy_(initial)
         else:
             seed = self.nora_config[adapter_name].seed
             purpose = f"inner {self.outer(adapter_name).fingerprint}"
             P.zero_()
-            Q.copy_(seeded_orthonormal(*Q.mT.shape, seed, purpose).mT)
+            inner_r, r = Q.shape
+            Q.copy_(seeded_orthonormal(r, inner_r, seed, purpose).mT)
         if not self.nora_config[adapter_name].init_weights:
             P.add_(torch.randn_like(P) / P.shape[1] ** 0.5)
 
@@ -317,7 +327,7 @@ class NoraState(BaseTunerLayer, nn.Module):
         """Cast an adapter's inner pair, and its initial values, to the base layer's dtype."""
         dtype = self._device_and_dtype()[1]
         stores = (self.nora_inner_A, self.nora_inner_B, self.nora_initial_A, self.nora_initial_B)
-        for store in stores:
+        for store in cast("tuple[dict[str, Tensor], ...]", stores):
             if adapter_name in store:
                 store[adapter_name] = store[adapter_name].to(dtype)
 

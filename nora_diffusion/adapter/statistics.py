@@ -6,7 +6,7 @@ diffusion recipe draws timesteps inside its step, so that the statistics cover a
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,9 @@ def _mean_gradients(
     layers: dict[str, NoraLayer], batches: Iterable[Any], step: Callable[[Any], Any]
 ) -> dict[str, Tensor]:
     """Gradient of the loss with respect to every base weight, averaged over the batches."""
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights: dict[str, nn.Parameter] = {
+        name: cast(Any, layer.get_base_layer()).weight for name, layer in layers.items()
+    }
     for name, layer in layers.items():
         if layer.quantization_backend is not None:
             raise ValueError(
@@ -124,7 +126,10 @@ def _mean_gradients(
             with torch.enable_grad():
                 loss = step(batch)
             # Not backward(): nothing else that is trainable may be left with a gradient.
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            gradients = cast(
+                "tuple[Tensor | None, ...]",
+                torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
+            )
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     sums[name] = sums.get(name, 0) + gradient.float()

@@ -127,8 +127,8 @@ def test_the_gradient_of_a_quantised_weight_is_refused_and_activations_work(int8
 def test_bitsandbytes_four_bit(training):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    quantised = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32, quant_type="nf4")
-    quantised.load_state_dict(nn.Linear(64, 48).state_dict())
+    quantised = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    quantised.load_state_dict(nn.Linear(64, 64).state_dict())
     base = nn.Sequential(quantised.to("cpu")).train(training)
     x = torch.randn(5, 64)
     with torch.no_grad():
