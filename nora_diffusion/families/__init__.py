@@ -6,6 +6,7 @@ The names can be read without importing torch.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -114,6 +115,15 @@ def locate(base: Any) -> str | Path:
     if _HUB_ID.fullmatch(text) and path.suffix != ".safetensors":
         return text
     raise UserError(f'model.base = "{text}": there is no such file or folder; give {_ALLOWED}')
+
+
+def built_in_version(base: str) -> dict[str, str]:
+    """Name and hash of a built-in base as released (``mini-64-v1``); empty for other bases."""
+    path = ASSETS / base / f"{base}.json"
+    if not re.fullmatch(r"[\w-]+", base) or not path.is_file():
+        return {}
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return {"base_version": about["name"], "base_hash": about["hash"]}
 
 
 def detect_family(source: Any) -> str:

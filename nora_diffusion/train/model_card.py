@@ -7,6 +7,7 @@ import json
 import torch
 
 from nora_diffusion import __version__
+from nora_diffusion.families import built_in_version
 from nora_diffusion.train.inputs import scene_prompts
 from nora_diffusion.train.session import Session
 
@@ -99,9 +100,11 @@ def model_card(session: Session) -> str:
 
 
 def _table(session: Session) -> str:
-    cfg, train = session.cfg, session.cfg.train
+    cfg, train, base = session.cfg, session.cfg.train, session.family.components.base
+    version = {"base_hash": session.base_hash, **built_in_version(base)}
+    name = version.get("base_version", base)
     rows = {
-        "base": f"`{session.family.components.base}` (SHA-256 {session.base_hash[:16]}…)",
+        "base": f"`{name}` (SHA-256 {version['base_hash'][:16]}…)",
         "outer rank, inner rank": f"{cfg.adapter.r}, {cfg.adapter.inner_r}",
         "basis, initialisation": f"{cfg.adapter.basis}, {cfg.adapter.init}",
         "modules": f"{len(session.parameters) // 2}",

@@ -14,6 +14,7 @@ from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
 from nora_diffusion.data.images import square
+from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import DTYPES
 from nora_diffusion.sampling import (
     ADAPTER_FILE,
@@ -72,6 +73,7 @@ def describe(session: Session) -> dict[str, Any]:
     return {
         "base": parts.base,
         "base_hash": session.base_hash,
+        **built_in_version(parts.base),
         "family": session.family.name,
         "trigger": cfg.data.trigger,
         "class_name": cfg.data.class_name,

@@ -21,7 +21,7 @@ class Session:
 
     Attributes:
         run: the run folder.
-        base_hash: digest of the denoiser's frozen weights.
+        base_hash: digest of the denoiser's frozen weights, as loaded.
         models: those with an adapter, by component name, denoiser first.
         parameters: the inner pairs by name: all that is trained, float32.
         scaler: of the loss; does nothing unless the base is float16.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from nora_diffusion import families
 from nora_diffusion.families import detect_family, load_family
 from nora_diffusion.families.base import Conditioning
 from nora_diffusion.families.sd import StableDiffusion
@@ -222,3 +223,16 @@ def test_a_saved_pipeline_loads_frozen_with_its_own_resolution(tmp_path):
     models = [parts.denoiser, parts.pipeline.vae, *parts.text_encoders.values()]
     assert not any(p.requires_grad for model in models for p in model.parameters())
     assert pictures(family, [0])[0].size == (16, 16)
+
+
+def test_a_built_in_base_says_its_version(tmp_path, monkeypatch):
+    pipe = tiny_pipeline("sd15")
+    pipe.save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "small.json").write_text('{"name": "small-1", "hash": "abc", "x": 1}')
+    monkeypatch.setattr(families, "ASSETS", tmp_path)
+    family = load_family("small", dtype=torch.float32, device=CPU)
+    assert family.components.base == "small"
+    version = {"base_version": "small-1", "base_hash": "abc"}
+    assert families.built_in_version("small") == version
+    for other in (str(tmp_path / "small"), "owner/small", "../small", "missing"):
+        assert families.built_in_version(other) == {}
