@@ -48,12 +48,18 @@ def derive_seed(seed: int, *stream: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits everywhere
 
 
-def step_generator(seed: int, step: int, micro_step: int) -> torch.Generator:
+def step_generator(
+    seed: int, step: int, micro_step: int, device: torch.device | None = None
+) -> torch.Generator:
     """CPU generator for timesteps and noise of one forward pass.
 
-    The global generators, which dropout draws from, are seeded along with it.
+    The global generators of the CPU and of ``device``, which dropout draws from, are seeded along
+    with it (one by one: ``torch.manual_seed`` takes milliseconds over all kinds of device).
     """
-    torch.manual_seed(derive_seed(seed, "dropout", step, micro_step))
+    dropout_seed = derive_seed(seed, "dropout", step, micro_step)
+    torch.default_generator.manual_seed(dropout_seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(dropout_seed)
     return torch.Generator().manual_seed(derive_seed(seed, "noise", step, micro_step))
 
 

@@ -157,7 +157,8 @@ def train(session: Session) -> None:
 def accumulate_gradients(session: Session, micro_step: int) -> float:
     """One forward and backward pass; returns its share of the step's loss."""
     cfg, family, inputs = session.cfg.train, session.family, session.inputs
-    generator = common.step_generator(cfg.seed, session.step, micro_step)
+    device = family.components.device
+    generator = common.step_generator(cfg.seed, session.step, micro_step, device)
     count = session.step * cfg.gradient_accumulation_steps + micro_step
     indices = inputs.dataset.batch(count * cfg.batch_size, cfg.batch_size)
     latents, weights = inputs.latents[indices], inputs.weights[indices]
