@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=len(SUBJECTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config override")
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v1")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v0")
     parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--name", default="subject", help="of the result file")
     args = parser.parse_args()

@@ -29,7 +29,7 @@ class Recipe:
 
 
 PRESETS = {
-    "cpu": Recipe("mini-64-v1", 64, "common", 120_000, 152_000, 32),
+    "cpu": Recipe("mini-64-v0", 64, "common", 120_000, 152_000, 32),
     "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 6_000_000, 512),
 }
 
@@ -85,7 +85,8 @@ def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage:
     autoencoder = train_autoencoder(work, recipe.size_px, recipe.autoencoder_samples, device)
     seen = concepts(work, recipe.concept_set)
     images, _, _ = Compositor(seen, recipe.size_px, backgrounds=300, seed=3).sample(512, seed=3)
-    set_latent_scale(autoencoder.to(device), to_signed(images).to(device))
+    autoencoder.to(device)  # pyright: ignore[reportArgumentType]
+    set_latent_scale(autoencoder, to_signed(images).to(device))
     model, tokenizer, steps = train_denoiser(
         work,
         autoencoder,

@@ -76,7 +76,8 @@ def train_autoencoder(
     """
     state_path = work / "autoencoder.safetensors"
     torch.manual_seed(0)
-    model = build_autoencoder().to(device, memory_format=torch.channels_last)
+    model = build_autoencoder()
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportArgumentType]
     trained = Trained(model, learning_rate, ema_decay=0.998)
     if state_path.exists():
         tensors, progress = load_state(state_path)
@@ -100,7 +101,7 @@ def train_autoencoder(
     return trained.use_average().eval()
 
 
-def _train_chunk(trained: Trained, images, total: int, batch_size: int, device: str):
+def _train_chunk(trained: Trained, images: torch.Tensor, total: int, batch_size: int, device: str):
     begin, losses = time.perf_counter(), []
     generator = torch.Generator().manual_seed(trained.step)
     for batch in to_signed(images).split(batch_size):

@@ -38,7 +38,14 @@ def _vertical(size: int, top: Colour, bottom: Colour) -> Image.Image:
     return Image.fromarray(np.broadcast_to(pixels, (size, size, 3)).astype(np.uint8))
 
 
-def _blobs(draw: ImageDraw.ImageDraw, random: Random, n: int, box, radius, colour) -> None:
+def _blobs(
+    draw: ImageDraw.ImageDraw,
+    random: Random,
+    n: int,
+    box: tuple[float, float, float, float],
+    radius: tuple[float, float],
+    colour: Colour,
+) -> None:
     """Draws `n` flat ellipses with centres in `box` and radii in `radius`, all in pixels."""
     for _ in range(n):
         x, y = random.uniform(box[0], box[2]), random.uniform(box[1], box[3])

@@ -134,7 +134,7 @@ def train_denoiser(
     scheduler = build_scheduler()
     torch.manual_seed(0)
     model = Joint(build_unet(size_px), build_text_encoder(tokenizer))
-    model = model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportArgumentType, reportCallIssue]
     trained = Trained(model, learning_rate, ema_decay=0.9995, weight_decay=0.01)
     if state_path.exists():
         tensors, progress = load_state(state_path)
@@ -143,7 +143,7 @@ def train_denoiser(
     if further and trained.step < total:
         write_manifest(seen, work / "manifests" / "denoiser.txt")
         compositor = Compositor(seen, size_px, device=device, seed=2)
-        autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
+        autoencoder.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportArgumentType, reportCallIssue]
         while trained.step < total:
             index = trained.step * batch_size // (CHUNK * PASSES)
             images, captions, _ = compositor.sample(CHUNK, seed=2_000_000 + index)
@@ -164,7 +164,16 @@ def _drop(captions: list[str], seed: int) -> list[str]:
     return ["" if random.random() < UNCONDITIONAL else c for c in captions]
 
 
-def _train_chunk(trained: Trained, scheduler, latents, ids, total: int, batch_size: int, device):
+def _train_chunk(
+    trained: Trained[Joint],
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    ids: torch.Tensor,
+    total: int,
+    batch_size: int,
+    device: str,
+) -> tuple[float, float]:
+    """Shows a chunk `PASSES` times; returns the mean loss and the samples a second."""
     begin, losses = time.perf_counter(), []
     generator = torch.Generator().manual_seed(trained.step)
     for _ in range(PASSES):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
@@ -26,8 +27,9 @@ def build_pipeline(
     autoencoder: AutoencoderTiny, model: Joint, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
     """Puts the parts together on the CPU in float32."""
-    return StableDiffusionPipeline(
-        vae=autoencoder.cpu(),  # pyright: ignore[reportArgumentType]  # any autoencoder does
+    # Its annotations ask for the very classes of SD 1.x; the code takes any of the kind.
+    return cast(Any, StableDiffusionPipeline)(
+        vae=autoencoder.cpu(),
         text_encoder=model.text_encoder.cpu(),
         tokenizer=tokenizer,
         unet=model.unet.cpu(),
@@ -49,6 +51,10 @@ def export(
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.half()
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=PART_LIMIT)
+    # transformers loads in the dtype its config records, diffusers in float32: say float32 to both.
+    config_path = folder / "text_encoder" / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(manifests, folder / "manifests", dirs_exist_ok=True)
     digest = weights_hash(folder)
     about = {"name": name, "hash": digest, "recipe": recipe}

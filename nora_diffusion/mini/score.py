@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -26,9 +27,7 @@ def prompts_for(concept_list: list[Concept], n: int, seed: int = 11) -> list[tup
 
 
 @torch.no_grad()
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], batch_size: int = 25, seed: int = 0
-) -> torch.Tensor:
+def draw(pipeline: Any, prompts: list[str], batch_size: int = 25, seed: int = 0) -> torch.Tensor:
     """Draws one picture a prompt: uint8 (N, 3, S, S). A picture depends on its own seed alone."""
     pipeline.set_progress_bar_config(disable=True)
     out = []
