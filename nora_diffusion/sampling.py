@@ -94,13 +94,7 @@ def sample_to_folder(
         "base": family.components.base,
         "family": family.name,
     }
-    out = Path(out)
-    files: list[Path] = []
-    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        for image_seed, image in zip(seeds, row, strict=True):
-            file = picture_path(out, index, text, image_seed)
-            files.append(save_png(image, file, {"prompt": text, "seed": image_seed, **made_with}))
-    return files
+    return _write_pictures(Path(out), texts, seeds, rows, made_with)
 
 
 def adapter_path(run_or_file: str | Path) -> Path:
@@ -197,6 +191,21 @@ def sample_conditioning(
         )
     columns = len(seeds)
     return [images[row * columns : (row + 1) * columns] for row in range(len(conditioning))]
+
+
+def _write_pictures(
+    out: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    rows: Sequence[Sequence[Image.Image]],
+    made_with: dict[str, Any],
+) -> list[Path]:
+    files: list[Path] = []
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        for seed, image in zip(seeds, row, strict=True):
+            path = picture_path(out, index, prompt, seed)
+            files.append(save_png(image, path, {"prompt": prompt, "seed": seed, **made_with}))
+    return files
 
 
 def picture_path(folder: Path, index: int, prompt: str, seed: int) -> Path:
