@@ -199,7 +199,7 @@ class NoraLayer(NoraState):
 
     def _plus_deltas(self, weight: Tensor, names: list[str], sign: float) -> Tensor:
         """``weight + sign * sum of updates``, summed in float32, on the base layer's device."""
-        device, _ = self._device_and_dtype()
+        device = self.base_device()
         total = weight.to(device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name in names:
             total = total + sign * self.from_matrix(self._delta_matrix(name)).to(device)

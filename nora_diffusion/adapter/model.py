@@ -63,14 +63,19 @@ def derive_factors(model: nn.Module, adapter_name: str = "default") -> None:
         if adapter_name in layer.nora_outer
         and not layer.outer(adapter_name).derived
         and layer.outer(adapter_name).spec.basis not in DATA_BASES
-        and layer.weight.device.type != "meta"
+        and layer.base_device().type != "meta"
     ]
-    jobs = [layer.factor_job(adapter_name, name=name) for name, layer in pending]
+    # A quantised weight is a float copy while it waits, so few of them may wait at a time.
+    quantised = any(layer.quantization_backend is not None for _, layer in pending)
+    chunk = 8 if quantised else max(len(pending), 1)
     empty: list[str] = []
-    for (name, layer), factors in zip(pending, factorise_many(jobs), strict=True):
-        layer.adopt_factors(adapter_name, factors)
-        if not bool(factors.singular_values[0] > 0):
-            empty.append(name)
+    for start in range(0, len(pending), chunk):
+        part = pending[start : start + chunk]
+        jobs = [layer.factor_job(adapter_name, name=name) for name, layer in part]
+        for (name, layer), factors in zip(part, factorise_many(jobs), strict=True):
+            layer.adopt_factors(adapter_name, factors)
+            if not bool(factors.singular_values[0] > 0):
+                empty.append(name)
     if empty:
         warnings.warn(
             f"NoRA: the weight of {len(empty)} module(s) is all zero, e.g. {empty[0]}; they get a "

@@ -101,6 +101,10 @@ class NoraState(BaseTunerLayer, nn.Module):
         """Return the fingerprint of the frozen weight, as compact files record it."""
         return fingerprint(self.base_matrix())
 
+    def base_device(self) -> torch.device:
+        """Return the device of the base weight."""
+        return self._device_and_dtype()[0]
+
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Device of the base weight, and the float dtype it computes in."""
         base: Any = self.get_base_layer()
@@ -138,7 +142,7 @@ class NoraState(BaseTunerLayer, nn.Module):
         twins = (o for o in self._outers() if o.native and o.shareable and o.spec == spec)
         self.nora_outer[adapter_name] = next(twins, None) or self._new_outer(spec)
         # Float32 whatever the base is: the updates of a bfloat16 pair are lost to rounding.
-        device, _ = self._device_and_dtype()
+        device = self.base_device()
         for store, shape in ((self.nora_inner_B, (r, inner_r)), (self.nora_inner_A, (inner_r, r))):
             store[adapter_name] = nn.Parameter(torch.zeros(shape, device=device))
         if self.outer(adapter_name).derived:
@@ -189,7 +193,7 @@ class NoraState(BaseTunerLayer, nn.Module):
             ValueError: The factors have another shape.
         """
         outer = self.outer(adapter_name)
-        outer.assign(factors, self._device_and_dtype()[0], native=True)
+        outer.assign(factors, self.base_device(), native=True)
         for name in self.nora_outer:
             if self.outer(name) is outer:
                 self.reset_inner(name)
@@ -211,7 +215,7 @@ class NoraState(BaseTunerLayer, nn.Module):
         outer = next(twins, None)
         if outer is None:
             outer = self._new_outer(spec)
-            outer.assign(factors, self._device_and_dtype()[0], native=False)
+            outer.assign(factors, self.base_device(), native=False)
         self.nora_outer[adapter_name] = outer
         if pending:
             self.reset_inner(adapter_name)
@@ -233,7 +237,7 @@ class NoraState(BaseTunerLayer, nn.Module):
                 "data: call nora_diffusion.adapter.fit_basis(model, batches, step) first, or load "
                 "a portable adapter file"
             )
-        if self._device_and_dtype()[0].type == "meta":
+        if self.base_device().type == "meta":
             raise RuntimeError(
                 f"adapter {adapter_name!r} sits on a base layer without weights (meta device); "
                 "load the base model's weights first"
@@ -335,7 +339,7 @@ class NoraState(BaseTunerLayer, nn.Module):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move an adapter to the base layer's device, keeping the inner pair's dtype."""
-        device = device or self._device_and_dtype()[0]
+        device = device or self.base_device()
         for store in (self.nora_inner_A, self.nora_inner_B):
             if adapter_name in store and not store[adapter_name].is_meta:
                 store[adapter_name] = store[adapter_name].to(device)
