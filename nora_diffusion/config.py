@@ -186,6 +186,15 @@ class Train(Section):
     min_snr_gamma: float | None = setting(
         None, "Cap on the signal-to-noise weight of the loss (Min-SNR; 5 is usual).", gt=0
     )
+    soft_min_snr: bool = setting(False, "Use the smooth form of that cap.")
+    timestep_law: Literal["default", "uniform", "logit_normal", "mode"] = setting(
+        "default",
+        "How often each noise level is trained; default: uniform for diffusion, logit-normal for "
+        "flow models.",
+    )
+    offset_noise: float = setting(
+        0.0, "Noise that is constant over each channel, for darker and brighter pictures.", ge=0
+    )
     ema_decay: float | None = setting(
         None, "Decay of the moving average of the inner pair that is saved.", gt=0, lt=1
     )

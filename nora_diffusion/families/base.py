@@ -21,8 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nora_diffusion.config import UserError
+from nora_diffusion.families.objective import LossOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+DEFAULT_OPTIONS = LossOptions()
 
 Denoiser = Callable[..., Any]
 """``denoiser(noisy_latents, timesteps, **conditioning)``: a module, or a function around one."""
@@ -70,6 +73,21 @@ class Conditioning:
                 device=device, dtype=dtype if tensor.is_floating_point() else None
             )
         )
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a training picture was cut from its photo, for families that are told (SDXL).
+
+    Attributes:
+        original_px: height and width of the photo.
+        crop_px: top and left of what was cut out, after scaling to the training resolution.
+        target_px: height and width of the training picture.
+    """
+
+    original_px: tuple[int, int]
+    crop_px: tuple[int, int]
+    target_px: tuple[int, int]
 
 
 @dataclass
@@ -149,6 +167,10 @@ class Family(Protocol):
         """B prompts to their conditioning; differentiable where the text encoders train."""
         ...
 
+    def frame(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """The conditioning with what the family is told of sizes and crops; most: none."""
+        ...
+
     def loss(
         self,
         denoiser: Denoiser,
@@ -156,13 +178,15 @@ class Family(Protocol):
         conditioning: Conditioning,
         generator: torch.Generator,
         *,
-        min_snr_gamma: float | None = None,
+        options: LossOptions = DEFAULT_OPTIONS,
         reference: tuple[Denoiser, Conditioning] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """(B,) loss of each sample at its own random timestep and noise.
 
         With a ``reference`` the target is what that denoiser predicts under that conditioning, at
-        the same timesteps and noise.
+        the same timesteps and noise. A ``mask`` (B, 1, h, w) in [0, 1] says how much each place
+        counts.
         """
         ...
 

@@ -15,10 +15,30 @@ function here is finite there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a family's loss draws timesteps and noise and weighs its samples (``train.*``).
+
+    Attributes:
+        min_snr_gamma: cap on the signal-to-noise weight; None: none. Diffusion only.
+        soft_min_snr: the smooth form of that cap.
+        timestep_law: where timesteps are drawn from; "default" is the family's own.
+        offset_noise: standard deviation of a further noise that is constant over each channel.
+    """
+
+    min_snr_gamma: float | None = None
+    soft_min_snr: bool = False
+    timestep_law: Literal["default", "uniform", "logit_normal", "mode"] = "default"
+    offset_noise: float = 0.0
 
 
 def alpha_sigma(alphas_cumprod: Tensor, timesteps: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
@@ -82,6 +102,79 @@ def uniform_timesteps(batch_size: int, num_timesteps: int, generator: torch.Gene
     return torch.randint(num_timesteps, (batch_size,), generator=generator, device=generator.device)
 
 
+def law_timesteps(
+    law: str, batch_size: int, num_timesteps: int, generator: torch.Generator
+) -> Tensor:
+    """(B,) int64 timesteps of a diffusion family; the default law is uniform.
+
+    Other laws draw a share of the way to pure noise, as for flows, and round it down to a timestep.
+    """
+    if law in ("default", "uniform"):
+        return uniform_timesteps(batch_size, num_timesteps, generator)
+    shares = law_sigmas(law, batch_size, generator)
+    return (shares * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def law_sigmas(law: str, batch_size: int, generator: torch.Generator) -> Tensor:
+    """(B,) sigmas of a flow family before any shift; the default law is logit-normal.
+
+    Raises:
+        ValueError: on an unknown ``law``.
+    """
+    if law in ("default", "logit_normal"):
+        return logit_normal_sigmas(batch_size, generator)
+    if law == "mode":
+        return mode_sigmas(batch_size, generator)
+    if law == "uniform":
+        return torch.rand(batch_size, generator=generator, device=generator.device)
+    raise ValueError(f"timestep_law={law!r}: use default, uniform, logit_normal or mode")
+
+
+def mode_sigmas(batch_size: int, generator: torch.Generator, scale: float = 1.29) -> Tensor:
+    """(B,) sigmas in [0, 1] by the heavy-tailed mode law (Esser et al. 2024, eq. 20).
+
+    Args:
+        batch_size: B.
+        generator: of the uniform draw u.
+        scale: s, -1 to 2/(pi - 2) for the law to stay monotonic; 0 is uniform.
+    """
+    u = torch.rand(batch_size, generator=generator, device=generator.device)
+    sigmas = 1 - u - scale * (torch.cos(torch.pi / 2 * u).square() - 1 + u)
+    return sigmas.clamp(0, 1)
+
+
+def draw_noise(shape: torch.Size, generator: torch.Generator, offset: float = 0.0) -> Tensor:
+    """Standard normal noise of a latents shape (B, C, ...), on the generator's device.
+
+    Args:
+        shape: of the latents.
+        generator: of the draw; the noise itself is drawn first, so ``offset`` leaves it alone.
+        offset: standard deviation of a further normal draw for each sample and channel, constant
+            over space, by which a model learns very dark and very bright pictures (Guttenberg 2023,
+            "Diffusion with offset noise").
+    """
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    if offset:
+        constant = torch.randn(
+            *shape[:2], *[1] * (len(shape) - 2), generator=generator, device=generator.device
+        )
+        noise = noise + offset * constant
+    return noise
+
+
+def mean_per_sample(error: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B,) mean of an error (B, C, ...) over all but the first dimension, under a mask.
+
+    Args:
+        error: of every latent value.
+        mask: (B, 1, ...) in [0, 1], the share by which each place counts; None: all of it. The mean
+            is over the whole picture, so that a small subject does not get a large weight.
+    """
+    if mask is not None:
+        error = error * mask
+    return error.flatten(1).mean(dim=1)
+
+
 def logit_normal_sigmas(
     batch_size: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
@@ -98,6 +191,37 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         shift: > 0, the square root of the ratio of pixel counts.
     """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def snr_weight(
+    alphas_cumprod: Tensor, timesteps: Tensor, options: LossOptions, prediction_type: str
+) -> Tensor | None:
+    """(B,) weights that ``options`` ask for, or None; see the two functions below."""
+    if options.min_snr_gamma is None:
+        return None
+    law = soft_min_snr_weight if options.soft_min_snr else min_snr_weight
+    return law(alphas_cumprod, timesteps, options.min_snr_gamma, prediction_type)
+
+
+def soft_min_snr_weight(
+    alphas_cumprod: Tensor, timesteps: Tensor, gamma: float, prediction_type: str
+) -> Tensor:
+    """Soft-Min-SNR-γ (Crowson et al. 2024, arXiv 2401.11605): SNR γ / (SNR + γ) on x_0.
+
+    As ``min_snr_weight``, with the harmonic instead of the smaller of the two: half the cap where
+    SNR = γ, and the same limits at both ends.
+
+    Returns:
+        (B,) weights, finite and ≥ 0.
+    """
+    signal = alphas_cumprod[timesteps]
+    noise = 1 - signal
+    shared = gamma / (signal + gamma * noise)  # weight on x_0 divided by SNR, times 1/noise
+    if prediction_type == "epsilon":  # γ / (SNR + γ)
+        return shared * noise
+    if prediction_type == "v_prediction":  # SNR γ / ((SNR + γ)(SNR + 1))
+        return shared * signal * noise
+    return shared * signal
 
 
 def min_snr_weight(

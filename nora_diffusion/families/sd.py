@@ -15,7 +15,13 @@ from torch import Tensor
 
 from nora_diffusion.config import UserError
 from nora_diffusion.families import objective
-from nora_diffusion.families.base import Components, Conditioning, Denoiser
+from nora_diffusion.families.base import (
+    DEFAULT_OPTIONS,
+    Components,
+    Conditioning,
+    Denoiser,
+    Framing,
+)
 
 
 class StableDiffusion:
@@ -125,6 +131,10 @@ class StableDiffusion:
         ids = tokens.input_ids.to(self.components.device)
         return Conditioning(pipe.text_encoder(ids, attention_mask=mask)[0])
 
+    def frame(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
+        """The conditioning itself: this family is not told how pictures were cut."""
+        return conditioning
+
     def loss(
         self,
         denoiser: Denoiser,
@@ -132,18 +142,21 @@ class StableDiffusion:
         conditioning: Conditioning,
         generator: torch.Generator,
         *,
-        min_snr_gamma: float | None = None,
+        options: objective.LossOptions = DEFAULT_OPTIONS,
         reference: tuple[Denoiser, Conditioning] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """(B,) mean squared error of each sample's prediction (Ho et al. 2020, eq. 14).
 
         Timestep and noise of each sample come from ``generator``, which must be on the CPU. With a
         ``reference`` the target is what that denoiser predicts under that conditioning, at the
-        same timesteps and noise.
+        same timesteps and noise. ``mask`` is (B, 1, h, w) in [0, 1].
         """
         device, dtype = self.components.device, self.components.dtype
-        timesteps = objective.uniform_timesteps(len(latents), self.num_timesteps, generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
+        timesteps = objective.law_timesteps(
+            options.timestep_law, len(latents), self.num_timesteps, generator
+        )
+        noise = objective.draw_noise(latents.shape, generator, options.offset_noise).to(device)
         alpha, sigma = objective.alpha_sigma(self.alphas_cumprod, timesteps, latents.ndim)
         alpha, sigma, latents = alpha.to(device), sigma.to(device), latents.to(device)
         noisy, at = (
@@ -156,13 +169,9 @@ class StableDiffusion:
             with torch.no_grad():
                 target = self._predict(reference[0], noisy, at, reference[1])
         prediction = self._predict(denoiser, noisy, at, conditioning)
-        loss = (prediction - target).square().mean(dim=(1, 2, 3))
-        if min_snr_gamma is None:
-            return loss
-        weight = objective.min_snr_weight(
-            self.alphas_cumprod, timesteps, min_snr_gamma, self.prediction_type
-        )
-        return loss * weight.to(device)
+        loss = objective.mean_per_sample((prediction - target).square(), mask)
+        weight = objective.snr_weight(self.alphas_cumprod, timesteps, options, self.prediction_type)
+        return loss if weight is None else loss * weight.to(device)
 
     def _predict(
         self, denoiser: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning

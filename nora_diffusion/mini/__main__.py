@@ -29,7 +29,7 @@ class Recipe:
 
 
 PRESETS = {
-    "cpu": Recipe("mini-64-v0", 64, "common", 120_000, 152_000, 32),
+    "cpu": Recipe("mini-64-v1", 64, "common", 120_000, 416_000, 32),
     "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 6_000_000, 512),
 }
 
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="where export writes the pipeline")
     parser.add_argument("--photos", type=Path, help="real photos for the autoencoder's PSNR")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--compile", action="store_true", help="train the UNet compiled")
     args = parser.parse_args(argv)
 
     import torch
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     work = args.work / recipe.name
     work.mkdir(parents=True, exist_ok=True)
     if args.stage in ("train", "export", "all"):
-        _train_and_export(recipe, work, args.out, device, args.stage)
+        _train_and_export(recipe, work, args.out, device, args.stage, args.compile)
     if args.stage in ("score", "all"):
         from nora_diffusion.mini.score import score
 
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result, indent=2))
 
 
-def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage: str) -> None:
+def _train_and_export(
+    recipe: Recipe, work: Path, out: Path, device: str, stage: str, compiled: bool
+) -> None:
     """Trains what is missing; "export" takes the denoiser as far as it is."""
     from nora_diffusion.mini.autoencoder import train_autoencoder
     from nora_diffusion.mini.compose import Compositor, to_signed
@@ -96,6 +99,7 @@ def _train_and_export(recipe: Recipe, work: Path, out: Path, device: str, stage:
         recipe.concept_set,
         recipe.batch_size,
         further=stage != "export",
+        compiled=compiled,
     )
     if stage != "train":
         pipeline = build_pipeline(autoencoder, model, tokenizer)

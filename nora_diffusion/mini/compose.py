@@ -23,7 +23,7 @@ _OPENINGS = (
     "an image of {}",
     "a close view of {}",
 )
-_SMALL, _BIG = 0.5, 0.78  # shares of the canvas below and above which a caption may say the size
+_SMALL, _BIG = 0.55, 0.8  # shares of the canvas below and above which a caption may say the size
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
 
 
@@ -63,7 +63,8 @@ class Placement:
     @classmethod
     def draw(cls, random: Random) -> "Placement":
         """Draws a random placement that keeps at least most of the emoji on the canvas."""
-        scale = random.uniform(0.4, 0.92)
+        # Mostly big: an emoji of 30 px at 64 px is too small to be learnt or recognised.
+        scale = random.triangular(0.4, 0.95, 0.85)
         slack = 1 - scale * 0.9
         x, y = random.uniform(-slack, slack), random.uniform(-slack, slack)
         return cls(scale, x, y, random.uniform(-0.2, 0.2), random.random() < 0.5)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, Train, UserError, save_config
 from nora_diffusion.data.dataset import class_prompt
 from nora_diffusion.families import load_family
 from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families.objective import LossOptions
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -168,9 +169,7 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     else:
         conditioning = inputs.conditioning.select(rows)
     denoiser = family.components.denoiser
-    losses = family.loss(
-        denoiser, latents, conditioning, generator, min_snr_gamma=cfg.min_snr_gamma
-    )
+    losses = family.loss(denoiser, latents, conditioning, generator, options=loss_options(cfg))
     loss = (losses * weights).mean() / cfg.gradient_accumulation_steps
     session.scaler.scale(loss).backward()
     total = loss.item()
@@ -181,6 +180,16 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
         session.scaler.scale(loss).backward()
         total += loss.item()
     return total
+
+
+def loss_options(cfg: Train) -> LossOptions:
+    """What the config says of timesteps, noise and weights."""
+    return LossOptions(
+        min_snr_gamma=cfg.min_snr_gamma,
+        soft_min_snr=cfg.soft_min_snr,
+        timestep_law=cfg.timestep_law,
+        offset_noise=cfg.offset_noise,
+    )
 
 
 def _base_prediction_losses(
@@ -204,7 +213,7 @@ def _base_prediction_losses(
         latents,
         conditioning,
         generator,
-        min_snr_gamma=session.cfg.train.min_snr_gamma,
+        options=loss_options(session.cfg.train),
         reference=(base, of_base),
     )
 

@@ -107,3 +107,71 @@ def test_shift_keeps_the_ends_and_composes():
     twice = objective.shift_sigmas(objective.shift_sigmas(sigmas, 2.0), 1.5)
     torch.testing.assert_close(twice, shifted)
     assert torch.equal(objective.shift_sigmas(sigmas, 1.0), sigmas)
+
+
+@pytest.mark.parametrize("kind", objective.PREDICTION_TYPES)
+@pytest.mark.parametrize("cumulated", [CUMULATED, ZERO_TERMINAL])
+def test_soft_min_snr_is_the_harmonic_form_of_the_cap(kind, cumulated):
+    timesteps = torch.tensor([1, 300, 600, 998])
+    signal = cumulated[timesteps]
+    snr, gamma = signal / (1 - signal), 5.0
+    of_own_loss = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(4)}[kind]
+    expected = 1 / (1 / snr + 1 / gamma) / of_own_loss
+    options = objective.LossOptions(min_snr_gamma=gamma, soft_min_snr=True)
+    weight = objective.snr_weight(cumulated, timesteps, options, kind)
+    torch.testing.assert_close(weight, expected)
+    ends = objective.soft_min_snr_weight(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), 5.0, kind)
+    assert torch.isfinite(ends).all() and (ends >= 0).all()
+
+
+def test_no_cap_is_no_weight():
+    assert (
+        objective.snr_weight(CUMULATED, torch.tensor([1]), objective.LossOptions(), "epsilon")
+        is None
+    )
+
+
+def test_mode_law_has_its_published_quantiles():
+    generator, again = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    u = torch.rand(4000, generator=again)
+    expected = 1 - u - 1.29 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+    torch.testing.assert_close(objective.mode_sigmas(4000, generator), expected.clamp(0, 1))
+    sigmas = objective.law_sigmas("mode", 20_000, torch.Generator().manual_seed(1))
+    middle = ((sigmas > 0.25) & (sigmas < 0.75)).float().mean()
+    assert middle > 0.55  # half of the draws if it were uniform
+
+
+@pytest.mark.parametrize("law", ["default", "uniform", "logit_normal", "mode"])
+def test_every_law_stays_in_range_and_repeats_for_its_seed(law):
+    def draw():
+        generator = torch.Generator().manual_seed(4)
+        return objective.law_timesteps(law, 5000, T, generator)
+
+    timesteps = draw()
+    assert torch.equal(timesteps, draw())
+    assert timesteps.dtype == torch.int64 and 0 <= timesteps.min() < timesteps.max() < T
+    sigmas = objective.law_sigmas(law, 5000, torch.Generator().manual_seed(4))
+    assert 0 <= sigmas.min() and sigmas.max() <= 1
+
+
+def test_an_unknown_law_is_named():
+    with pytest.raises(ValueError, match="'cosmap'.*logit_normal or mode"):
+        objective.law_sigmas("cosmap", 1, torch.Generator())
+
+
+def test_offset_noise_is_constant_over_space_and_leaves_the_noise_alone():
+    def draw(offset):
+        generator = torch.Generator().manual_seed(2)
+        return objective.draw_noise(torch.Size([3000, 2, 4, 4]), generator, offset)
+
+    added = draw(0.5) - draw(0.0)
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), atol=1e-5, rtol=0)
+    assert added[:, :, 0, 0].std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_mask_takes_its_places_out_of_the_mean():
+    error = torch.arange(1.0, 33.0).reshape(2, 4, 2, 2)
+    mask = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).expand(2, 1, 2, 2)
+    expected = error[:, :, 0, 0].sum(dim=1) / 16
+    torch.testing.assert_close(objective.mean_per_sample(error, mask), expected)
+    torch.testing.assert_close(objective.mean_per_sample(error), error.mean(dim=(1, 2, 3)))

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from nora_diffusion import families
 from nora_diffusion.families import detect_family, load_family
 from nora_diffusion.families.base import Conditioning
+from nora_diffusion.families.objective import LossOptions
 from nora_diffusion.families.sd import StableDiffusion
 from tests.tiny import tiny_pipeline
 
@@ -95,7 +96,7 @@ def test_min_snr_scales_each_sample_by_its_own_weight():
             latents,
             conditioning,
             torch.Generator().manual_seed(5),
-            min_snr_gamma=gamma,
+            options=LossOptions(min_snr_gamma=gamma),
         )
         for gamma in (None, 5.0)
     )
