@@ -60,13 +60,13 @@ def load_family(
         UserError: when there is no such base, or ``family`` does not fit it.
     """
     source = locate(base)
-    found = detect_family(source)
-    if family not in ("auto", found):
-        raise UserError(
-            f'model.family = "{family}": {base} is of family "{found}"; '
-            f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
-        )
     with _quiet(source):
+        found = detect_family(source)
+        if family not in ("auto", found):
+            raise UserError(
+                f'model.family = "{family}": {base} is of family "{found}"; '
+                f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
+            )
         loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
     if isinstance(source, Path):  # as another working folder would have to name it
         shipped = source.parent == ASSETS

@@ -282,7 +282,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# One with everything on and one with nothing; the rest take their time with the long tests.
+EVERY_TIME = ("plain", "everything")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in EVERY_TIME else pytest.mark.slow) for n in VARIANTS],
+)
 def test_two_resumes_give_the_bits_of_one_run_and_repeat_no_step(make_config, tmp_path, name):
     steps = 7
 
