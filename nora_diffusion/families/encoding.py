@@ -1,0 +1,120 @@
+"""Prompts and pictures into what a denoiser reads, and latents back into pictures.
+
+Plain functions on one tokenizer, encoder or autoencoder; each family joins what it needs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of B prompts, each (B, S), padded to the full length.
+
+    A prompt that is longer is cut, with a warning that says so.
+
+    Args:
+        tokenizer: of transformers.
+        prompts: the B prompts.
+        max_length: S; None: what the tokenizer says.
+    """
+    limit = max_length or int(tokenizer.model_max_length)
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+    )
+    for index in tokens.attention_mask.all(dim=1).nonzero().flatten().tolist():
+        length = len(tokenizer(prompts[index], verbose=False).input_ids)
+        if length > limit:
+            warnings.warn(
+                f"prompt of {length} tokens cut to the {limit} that the base model reads: "
+                f"{prompts[index]!r}",
+                stacklevel=2,
+            )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def clip_states(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """States (B, S, D) before CLIP's last layer, and its pooled answer (B, P).
+
+    The pooled answer is projected where the encoder has a projection. SDXL and SD 3 read both.
+    """
+    ids, _ = tokenize(tokenizer, prompts, max_length)
+    answer = encoder(ids.to(encoder.device), output_hidden_states=True)
+    projected = hasattr(encoder, "text_projection")
+    return answer.hidden_states[-2], answer.text_embeds if projected else answer.pooler_output
+
+
+def t5_states(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int, masked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """States (B, S, D) of a T5 encoder and its attention mask (B, S).
+
+    Args:
+        tokenizer: of the encoder.
+        encoder: T5.
+        prompts: the B prompts.
+        max_length: S.
+        masked: whether padding is hidden from the encoder: as the base was trained (PixArt: yes,
+            SD 3 and Flux: no).
+    """
+    ids, mask = tokenize(tokenizer, prompts, max_length)
+    mask = mask.to(encoder.device)
+    answer = encoder(ids.to(encoder.device), attention_mask=mask if masked else None)
+    return answer.last_hidden_state, mask
+
+
+@torch.no_grad()
+def encode_images(vae: Any, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to (B, C, H/f, W/f) float32 latents: the mean of the posterior.
+
+    Latents are shifted and scaled as the denoiser expects them.
+
+    Raises:
+        ValueError: when the autoencoder answers NaN or infinity.
+    """
+    answer = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype))
+    if hasattr(answer, "latent_dist"):
+        latents = answer.latent_dist.mode()
+    else:  # autoencoders without a distribution: AutoencoderTiny, AutoencoderDC
+        latents = answer.latents if hasattr(answer, "latents") else answer.latent
+    latents = (latents.float() - _shift(vae)) * vae.config.scaling_factor
+    if not torch.isfinite(latents).all():
+        raise ValueError("the autoencoder answered NaN or infinity to these images")
+    return latents
+
+
+@torch.no_grad()
+def decode_images(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """The images of B latents as a sampler left them.
+
+    Raises:
+        ValueError: when they hold NaN or infinity (else the images would be black).
+    """
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "sampling gave NaN or infinity: use model.dtype (--dtype) fp32 or bf16, or an "
+            "adapter trained with a lower train.learning_rate"
+        )
+    vae = pipe.vae.to(latents.device)
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)
+    images = vae.decode(latents, return_dict=False)[0]
+    return pipe.image_processor.postprocess(images, output_type="pil")
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator a picture, on the CPU, so that it is the same in any batch on any device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.get("shift_factor") or 0.0
