@@ -35,7 +35,7 @@ def tokenize(
         if length > limit:
             warnings.warn(
                 f"prompt of {length} tokens cut to the {limit} that the base model reads: "
-                f"{prompts[index]!r}",
+                f"...{prompts[index][-200:]!r}",
                 stacklevel=2,
             )
     return tokens.input_ids, tokens.attention_mask
@@ -91,6 +91,33 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     if not torch.isfinite(latents).all():
         raise ValueError("the autoencoder answered NaN or infinity to these images")
     return latents
+
+
+def draw_images(
+    pipe: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    width_px: int,
+    height_px: int,
+    **conditioning: Any,
+) -> list[Image.Image]:
+    """The images of B seeds by a pipeline, under what ``conditioning`` tells it.
+
+    Raises:
+        ValueError: when the denoiser answers NaN or infinity.
+    """
+    latents = pipe(
+        generator=generators(seeds),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        width=width_px,
+        height=height_px,
+        output_type="latent",
+        **conditioning,
+    ).images
+    return decode_images(pipe, latents)
 
 
 @torch.no_grad()

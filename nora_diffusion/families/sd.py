@@ -136,17 +136,11 @@ class StableDiffusion:
             ValueError: when the denoiser answers NaN or infinity.
         """
         pipe, dtype = self.components.pipeline, self.components.dtype
-        latents = pipe(
+        return encoding.draw_images(
+            pipe, seeds, steps=steps, guidance=guidance, width_px=width_px, height_px=height_px,
             prompt_embeds=conditioning.prompt_embeds.to(dtype),
             negative_prompt_embeds=negative.prompt_embeds.to(dtype),
-            generator=encoding.generators(seeds),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width_px,
-            height=height_px,
-            output_type="latent",
-        ).images
-        return encoding.decode_images(pipe, latents)
+        )  # fmt: skip
 
 
 FAMILY = StableDiffusion
