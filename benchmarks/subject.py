@@ -1,6 +1,7 @@
 """Does `nora-dreambooth mini` learn a subject? Eight held-out emoji, three seeds, mini's prompts.
 
-    python benchmarks/subject.py [--subjects N] [--seeds N] [--set train.steps=300 ...]
+    python benchmarks/subject.py [--subjects N | --names NAME ...] [--seeds N]
+        [--set train.steps=300 ...] [--name RESULT]
 
 Each run trains on five views and is measured on pictures of `sample_data/prompts.txt` by
 EffNet-Lite2 features against twelve *held-out* views:
@@ -49,9 +50,10 @@ SIZE_PX, PHOTO_PX, TRIGGER = 64, 256, "sks"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", type=int, default=len(SUBJECTS))
+    parser.add_argument("--names", nargs="*", help="other held-out emoji, to choose settings on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config override")
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v0")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v1")
     parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--name", default="subject", help="of the result file")
     args = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         runs = args.runs or Path(temporary)
         rows = []
-        for name in SUBJECTS[: args.subjects]:
+        for name in args.names or SUBJECTS[: args.subjects]:
             views = subject_views(name, args.work, PHOTO_PX)
             for seed in range(args.seeds):
                 folder = runs / f"{name.replace(' ', '-')}-{seed}"

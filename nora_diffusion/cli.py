@@ -194,7 +194,17 @@ def _dry_run(config: DreamboothConfig) -> int:
     if skipped:
         summary += f"; {len(skipped)} other files skipped:\n{describe_skipped(skipped)}"
     print("\n".join(f"# {line}" for line in summary.splitlines()))
+    print("\n".join(f"# {line}" for line in _memory_lines(config, len(photos))))
     return 0
+
+
+def _memory_lines(config: DreamboothConfig, photos: int) -> list[str]:
+    from nora_diffusion.train.memory import plan_memory
+
+    try:
+        return plan_memory(config, photos).lines()
+    except UserError as error:  # configs that cannot be had now may be there at the run
+        return [f"predicted memory: unknown, because of {error}"]
 
 
 def _how_to_resume(config: DreamboothConfig) -> str:

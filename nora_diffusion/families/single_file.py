@@ -32,7 +32,7 @@ def detect_family(path: Path) -> str:
     Raises:
         UserError: when it is damaged or not a text-to-image Stable Diffusion 1.x or 2.x.
     """
-    _config_name(path)
+    config_name(path)
     return "sd"
 
 
@@ -55,7 +55,7 @@ def load_single_file(
     Raises:
         UserError: when the file is damaged or of another family.
     """
-    name = _config_name(path)
+    name = config_name(path)
     folder = Path(config) if config is not None else ASSETS / "configs" / name
     kwargs.setdefault("tokenizer", load_tokenizer(folder))
     pipe = StableDiffusionPipeline.from_single_file(
@@ -109,7 +109,8 @@ def predicts_velocity(unet: UNet2DConditionModel) -> bool:
     return bool(torch.corrcoef(both)[0, 1] < 0.5)
 
 
-def _config_name(path: Path) -> str:
+def config_name(path: Path) -> str:
+    """Folder under ``assets/configs`` for a checkpoint; see ``detect_family`` for the errors."""
     shapes = _shapes(path)
     prefix = f'model.base = "{path}": '
     if _CONV_IN not in shapes or (_CLIP not in shapes and _OPEN_CLIP not in shapes):

@@ -90,7 +90,7 @@ def score(
     Returns:
         The scores, as written.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     size_px = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
     pairs = prompts_for(concepts(work, concept_set), n)
     where = [w for _, w in pairs]

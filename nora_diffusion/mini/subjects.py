@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=tuple(concept_lists()["held_out"]))
     parser.add_argument("out", type=Path)
     parser.add_argument("--size-px", type=int, default=256)
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v0")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v1")
     args = parser.parse_args(argv)
     views = subject_views(args.name, args.work, args.size_px)
     write_views(views.train, args.out)

@@ -61,7 +61,7 @@ def add_adapters(
         if any(True for _ in iter_nora_layers(model)):
             _check_start(str(cfg.adapter.init_from), component, model, config)
         else:
-            _add(component, model, config)
+            add_adapter(component, model, config)
         for _, layer in iter_nora_layers(model):
             for pair in (layer.nora_inner_A, layer.nora_inner_B):
                 pair[NAME] = nn.Parameter(pair[NAME].detach().float())
@@ -158,7 +158,12 @@ def switched_off(*models: nn.Module) -> Iterator[None]:
             layer.set_scale(NAME, 1.0)
 
 
-def _add(component: str, model: Any, config: NoraConfig) -> None:
+def add_adapter(component: str, model: Any, config: NoraConfig) -> None:
+    """Add an adapter to one model.
+
+    Raises:
+        UserError: when no module matches ``adapter.target_modules``.
+    """
     try:
         model.add_adapter(config, NAME)
     except ValueError as error:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nora_diffusion.config import UserError
+from nora_diffusion.config import Train, UserError
+from nora_diffusion.families.objective import LossOptions
 
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -36,6 +37,16 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
         digest.update(data.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def loss_options(cfg: Train) -> LossOptions:
+    """What the config says of timesteps, noise and weights."""
+    return LossOptions(
+        min_snr_gamma=cfg.min_snr_gamma,
+        soft_min_snr=cfg.soft_min_snr,
+        timestep_law=cfg.timestep_law,
+        offset_noise=cfg.offset_noise,
+    )
 
 
 def derive_seed(seed: int, *stream: int | str) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, Train, UserError, save_config
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
 from nora_diffusion.data.dataset import class_prompt
+from nora_diffusion.data.images import read_photos
 from nora_diffusion.families import load_family
 from nora_diffusion.families.base import resolve_device, resolve_dtype
-from nora_diffusion.families.objective import LossOptions
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -31,6 +31,7 @@ from nora_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
@@ -60,6 +61,7 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         tensorboard=cfg.output.tensorboard,
     )
     with report, _failures_reported(report):
+        _check_memory(cfg, report)
         checkpoint = newest_checkpoint(folder) if resume else None
         if checkpoint is not None:
             _check_settings(cfg, checkpoint)
@@ -169,7 +171,9 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     else:
         conditioning = inputs.conditioning.select(rows)
     denoiser = family.components.denoiser
-    losses = family.loss(denoiser, latents, conditioning, generator, options=loss_options(cfg))
+    losses = family.loss(
+        denoiser, latents, conditioning, generator, options=common.loss_options(cfg)
+    )
     loss = (losses * weights).mean() / cfg.gradient_accumulation_steps
     session.scaler.scale(loss).backward()
     total = loss.item()
@@ -180,16 +184,6 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
         session.scaler.scale(loss).backward()
         total += loss.item()
     return total
-
-
-def loss_options(cfg: Train) -> LossOptions:
-    """What the config says of timesteps, noise and weights."""
-    return LossOptions(
-        min_snr_gamma=cfg.min_snr_gamma,
-        soft_min_snr=cfg.soft_min_snr,
-        timestep_law=cfg.timestep_law,
-        offset_noise=cfg.offset_noise,
-    )
 
 
 def _base_prediction_losses(
@@ -213,7 +207,7 @@ def _base_prediction_losses(
         latents,
         conditioning,
         generator,
-        options=loss_options(session.cfg.train),
+        options=common.loss_options(session.cfg.train),
         reference=(base, of_base),
     )
 
@@ -238,6 +232,15 @@ def _stop(session: Session, signal_name: str) -> None:
     message = f"stopped by {signal_name} after step {session.step}; continue with: {command}"
     session.report.event("stopped", session.step, message=message)
     raise common.TrainingInterrupted(message)
+
+
+def _check_memory(cfg: DreamboothConfig, report: Report) -> None:
+    """Say what the run will need before anything is loaded; stop where a GPU has less."""
+    plan = plan_memory(cfg, pictures=len(read_photos(cfg.data.subject)[0]))
+    report.say("\n".join(plan.lines()))
+    device = resolve_device(cfg.model.device)
+    if device.type == "cuda":
+        check_memory(cfg, plan, torch.cuda.mem_get_info(device)[0])
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,7 +12,7 @@ from nora_diffusion.mini.export import weights_hash
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    made = StableDiffusionPipeline.from_pretrained(ASSETS, torch_dtype=torch.float32)
+    made = StableDiffusionPipeline.from_pretrained(ASSETS, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     return made
 
