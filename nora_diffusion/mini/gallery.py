@@ -10,6 +10,7 @@ from random import Random
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from nora_diffusion.evaluation.image_features import image_features, to_pil
 from nora_diffusion.mini.backgrounds import COLOURS, SCENES, draw_background
@@ -17,6 +18,7 @@ from nora_diffusion.mini.compose import Compositor, Placement
 from nora_diffusion.mini.sources import Concept, concepts, held_out
 from nora_diffusion.mini.state import load_state, save_state
 
+CHUNK = 64  # emoji between two saves
 WHERE = [*SCENES, *(f"on a {colour} background" for colour in COLOURS)]
 
 
@@ -29,20 +31,23 @@ class Gallery:
         views: composites a emoji, each on another background.
     """
 
-    def __init__(self, work: Path, size_px: int, views: int = 4):
+    def __init__(self, work: Path, size_px: int, views: int = 2):
         members = [*concepts(work, "full"), *held_out(work)]
         self.names = [c.name for c in members]
         path = work / f"gallery-{size_px}-{views}.safetensors"
-        if path.exists():
-            tensors, about = load_state(path)
-            if about["names"] == self.names:
-                self.features = tensors["features"]
-                return
-        compositor = Compositor(members, size_px, backgrounds=400, seed=5)
-        images = _views(compositor, views)
-        features = image_features(to_pil(images)).unflatten(0, (len(members), views))
-        self.features = F.normalize(features.mean(1), dim=1)
-        save_state(path, {"features": self.features}, {"names": self.names})
+        parts = _finished_parts(path, self.names)
+        if len(parts) < len(members):
+            compositor = Compositor(members, size_px, backgrounds=400, seed=5)
+            images = _views(compositor, views).unflatten(0, (len(members), views))
+            with tqdm(total=len(members), initial=len(parts), desc="gallery", unit="emoji") as bar:
+                while len(parts) < len(members):  # minutes on a CPU: kept as they come
+                    chunk = images[len(parts) : len(parts) + CHUNK]
+                    features = image_features(to_pil(chunk.flatten(0, 1)))
+                    mean = features.unflatten(0, (len(chunk), views)).mean(1)
+                    parts = torch.cat([parts, mean])
+                    save_state(path, {"features": parts}, {"names": self.names})
+                    bar.update(len(chunk))
+        self.features = F.normalize(parts, dim=1)
 
     def nearest(self, features: torch.Tensor, n: int = 5) -> list[list[str]]:
         """Names of the `n` nearest emoji for each row of `features` (N, 1280), nearest first."""
@@ -51,6 +56,15 @@ class Gallery:
         gallery = F.normalize(self.features - centre, dim=1)
         order = (F.normalize(features - centre, dim=1) @ gallery.T).topk(n, dim=1).indices
         return [[self.names[i] for i in row] for row in order.tolist()]
+
+
+def _finished_parts(path: Path, names: list[str]) -> torch.Tensor:
+    """Features (n, 1280) of the first n emoji, as far as an earlier call got."""
+    if path.exists():
+        tensors, about = load_state(path)
+        if about["names"] == names:
+            return tensors["features"]
+    return torch.zeros(0, 1280)
 
 
 def _views(compositor: Compositor, views: int) -> torch.Tensor:
