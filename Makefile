@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # The main job on the built-in base: learns the sample subject and writes runs/demo/before_after.png.
 demo: $(VENV)/.installed
 	rm -rf runs/demo
-	$(BIN)/nora-dreambooth mini --output.dir runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/nora-dreambooth mini --output.dir runs/demo  # more threads gain little here
 	@echo "Look at runs/demo/before_after.png, then try your own photos:"
 	@echo "  $(BIN)/nora-dreambooth mini --data.subject FOLDER --data.class_name dog --output.dir runs/mine"
 
