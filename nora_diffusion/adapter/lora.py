@@ -50,7 +50,7 @@ def export_lora(
         out: file to write. For layout "peft" the folder of the PEFT adapter (with one subfolder a
             component if there are several), or its file `adapter_model.safetensors`.
         layout: "diffusers" (`pipe.load_lora_weights`), "kohya" (A1111, Forge, ComfyUI,
-            sd-scripts; SD 1.x, 2.x and SDXL) or "peft" (`PeftModel.from_pretrained`).
+            sd-scripts; SD 1.x, 2.x, SDXL and Flux.1) or "peft" (`PeftModel.from_pretrained`).
         base: the base model it was trained on: a loaded pipeline or model (left as it is), or what
             `load_pipeline` takes.
         dtype: dtype of the file; None keeps the one of the inner pair.
@@ -88,6 +88,8 @@ def export_lora(
     named = {lora_file.component_name(name, matched[name]): pairs[name] for name in pairs}
     fields = {**common, "components": dict(zip(named, entries.values(), strict=True))}
     dialect = lora_file.dialect_of(targets)
+    models = {lora_file.component_name(name, model): model for name, model in matched.items()}
+    named = lora_file.in_layout(named, models, layout, dialect)
     tensors = lora_file.encode(named, layout, dialect, dtype)
     metadata = header_metadata(fields) | _shared_metadata(out, base, named, dialect, fields)
     return header.write(out, tensors, metadata)
@@ -177,7 +179,7 @@ def _shared_metadata(
     fields: Mapping[str, Any],
 ) -> dict[str, str]:
     """What A1111, ComfyUI and model sites read of a LoRA file (modelspec and kohya's ss_ keys)."""
-    ranks = {next(iter(found.values()))[0].shape[0] for found in pairs.values()}
+    ranks = {lora_A.shape[0] for found in pairs.values() for lora_A, _ in found.values()}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     values: dict[str, Any] = {
         "format": "pt",
@@ -204,6 +206,13 @@ def _shared_metadata(
 
 def _architecture(base: Any, dialect: Dialect) -> dict[str, str]:
     """Names of the base's architecture, where it is one that has names."""
+    if dialect.flux:
+        transformer: Any = base if isinstance(base, nn.Module) else base.transformer
+        kind = "dev" if transformer.config.guidance_embeds else "schnell"
+        return {
+            "modelspec.architecture": f"flux-1-{kind}/lora",
+            "ss_base_model_version": "flux1",
+        }
     unet: Any = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
     width = getattr(getattr(unet, "config", None), "cross_attention_dim", None)
     scheduler = getattr(getattr(base, "scheduler", None), "config", None)

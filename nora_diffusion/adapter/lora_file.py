@@ -7,7 +7,7 @@ are brought to one rank by zeros, since some programs apply one rank and alpha t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import header
+from . import flux_keys, header
 from .components import (
     activate,
     adaptable_modules,
@@ -71,6 +71,25 @@ def encode(
     return tensors
 
 
+def in_layout(
+    components: Mapping[str, Pairs],
+    models: Mapping[str, nn.Module],
+    layout: str,
+    dialect: Dialect,
+) -> dict[str, Pairs]:
+    """Pairs by the layers that a layout names: modules of the models, but for Flux.1 in kohya's.
+
+    Raises:
+        ValueError: the layout has no layer for a module.
+    """
+    if layout != "kohya" or not dialect.flux:
+        return dict(components)
+    return {
+        name: flux_keys.fuse(pairs, _out_features(models[name])) if name in DENOISERS else pairs
+        for name, pairs in components.items()
+    }
+
+
 def file_keys(component: str, module: str, layout: str, dialect: Dialect) -> tuple[str, str, str]:
     """Name of a module in a layout, and of its two tensors: ``lora_A`` and ``lora_B``."""
     if layout == "kohya":
@@ -81,9 +100,11 @@ def file_keys(component: str, module: str, layout: str, dialect: Dialect) -> tup
 
 
 def dialect_of(components: Mapping[str, nn.Module]) -> Dialect:
-    """Kohya naming of the UNet among the models (SDXL's is told by its extra conditioning)."""
+    """Kohya naming of the denoiser among the models (SDXL's is told by its extra conditioning)."""
     for model in components.values():
         config: Any = getattr(model, "config", None)
+        if type(model).__name__ == "FluxTransformer2DModel":
+            return Dialect(flux=True)
         if type(model).__name__ == "UNet2DConditionModel":
             layers = config.layers_per_block
             sdxl = config.addition_embed_type == "text_time"
@@ -164,7 +185,7 @@ def load_lora(
     found = decode(path, contents.tensors, layout, matched, dialect_of(targets))
     with restored(matched.values(), adapter_name) as before:
         for name, model in matched.items():
-            _add_lora(path, model, found[name], adapter_name)
+            _add_lora(path, model, to_one_rank(found[name]), adapter_name)
             activate(model, adapter_name, weight, before[model])
     return sum(len(pairs) for pairs in found.values())
 
@@ -188,14 +209,15 @@ def decode(
             label = name if layout == "peft" else component_name(name, model)
         except ValueError as error:
             raise AdapterFileError(f"{path}: cannot be loaded here: {error}") from error
-        for module in adaptable_modules(model):
-            try:
-                key, down, up = file_keys(label, module, layout, dialect)
-            except ValueError:
-                continue  # kohya has no name for it, so no file has it
+        rows = _out_features(model)
+        for (key, down, up), parts in _layers(label, model, layout, dialect).items():
             if down in left and up in left:
-                found[name][module] = left.pop(down), left.pop(up)
+                pair = left.pop(down), left.pop(up)
                 left.pop(f"{key}.alpha", None)
+                if len(parts) > 1:
+                    found[name] |= flux_keys.split(pair, parts, rows)
+                else:
+                    found[name][parts[0]] = pair
     if left:
         raise AdapterFileError(
             f"{path}: {len(left)} of its {len(tensors)} tensors belong to no module of this model, "
@@ -203,6 +225,21 @@ def decode(
         )
     if empty := [name for name, pairs in found.items() if not pairs]:
         raise AdapterFileError(f"{path}: holds nothing for {empty[0]}. Export the adapter again")
+    return found
+
+
+def _layers(
+    component: str, model: nn.Module, layout: str, dialect: Dialect
+) -> dict[tuple[str, str, str], Sequence[str]]:
+    """Modules of a model by the names under which a layout has them in a file."""
+    fused = layout == "kohya" and dialect.flux and component in DENOISERS
+    found: dict[tuple[str, str, str], Sequence[str]] = {}
+    for module in adaptable_modules(model):
+        try:
+            layer, parts = flux_keys.original_layer(module) if fused else (module, (module,))
+            found[file_keys(component, layer, layout, dialect)] = parts
+        except ValueError:  # the layout has no name for it, so no file has it
+            continue
     return found
 
 
@@ -278,6 +315,15 @@ def _target_modules(names: Iterable[str], modules: Iterable[str]) -> list[str] |
     if {m for m in modules if m in names or m.endswith(endings)} == names:
         return sorted(names)
     return f"(?:{'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def _out_features(model: nn.Module) -> dict[str, int]:
+    bases = {name: _base(module) for name, module in adaptable_modules(model).items()}
+    return {
+        name: cast(int, base.out_features)
+        for name, base in bases.items()
+        if hasattr(base, "out_features")
+    }
 
 
 def _base(module: nn.Module) -> nn.Module:
