@@ -7,6 +7,7 @@ of attention block, resnets, samplers, time and text embeddings) is there.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+
+from nora_diffusion.families import ASSETS
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 LATENT_SIZE = 8
@@ -53,7 +56,7 @@ def tiny_tokenizer(max_length: int = 32) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=max_length)
 
 
-def _text_config(
+def text_config(
     tokenizer: CLIPTokenizer, width: int, activation: str, projection: int
 ) -> CLIPTextConfig:
     return CLIPTextConfig(
@@ -74,7 +77,7 @@ def _text_config(
 def tiny_text_encoder(
     tokenizer: CLIPTokenizer, width: int = 32, activation: str = "quick_gelu"
 ) -> CLIPTextModel:
-    return CLIPTextModel(_text_config(tokenizer, width, activation, width)).eval()
+    return CLIPTextModel(text_config(tokenizer, width, activation, width)).eval()
 
 
 def tiny_unet(family: str = "sd15") -> UNet2DConditionModel:
@@ -106,21 +109,17 @@ def tiny_unet(family: str = "sd15") -> UNet2DConditionModel:
         }
     elif family == "sdxl":
         shape = {
+            **json.loads((ASSETS / "configs" / "sdxl" / "unet" / "config.json").read_text()),
             "block_out_channels": (32, 32, 64),
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "attention_head_dim": [2, 2, 4],
             "cross_attention_dim": 64,
             "transformer_layers_per_block": 1,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
         }
     else:
         raise ValueError(f"family={family!r}: use one of {FAMILIES}")
-    return UNet2DConditionModel(**common, **shape).eval()
+    return UNet2DConditionModel.from_config({**shape, **common}).eval()
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -154,7 +153,7 @@ def tiny_pipeline(
             prediction_type=prediction,
         )
         if family == "sdxl":
-            second = _text_config(tokenizer, 32, "gelu", 32)
+            second = text_config(tokenizer, 32, "gelu", 32)
             pipe: Any = StableDiffusionXLPipeline(
                 vae=vae,
                 text_encoder=tiny_text_encoder(tokenizer),

@@ -20,10 +20,22 @@ if TYPE_CHECKING:
 
     from nora_diffusion.families.base import Family
 
-FAMILIES = {"sd": "nora_diffusion.families.sd"}
+FAMILIES = {
+    "sd": "nora_diffusion.families.sd",
+    "sdxl": "nora_diffusion.families.sdxl",
+    "sd3": "nora_diffusion.families.sd3",
+    "pixart": "nora_diffusion.families.pixart",
+    "sana": "nora_diffusion.families.sana",
+}
 """Family name to its module; the module's ``FAMILY`` is the class."""
 
-PIPELINES = {"StableDiffusionPipeline": "sd"}
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+}
 """diffusers pipeline class to family name."""
 
 ASSETS = Path(__file__).parent.parent / "assets"

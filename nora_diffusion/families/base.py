@@ -137,7 +137,8 @@ class Family(Protocol):
     Attributes:
         name: name of the family in ``families.FAMILIES``.
         targets: module-name endings in the denoiser for each of ``adapter.targets``.
-        text_targets: module-name endings in the text encoders.
+        text_targets: module-name endings in the text encoders; an encoder without any of them
+            gets no adapter.
         components: the loaded parts.
         resolution_px: side of the images the base was trained on.
         num_timesteps: T; timesteps run from 0 to T-1.

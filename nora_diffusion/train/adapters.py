@@ -29,10 +29,18 @@ FIT_BATCHES = 32
 
 
 def adapted_models(cfg: DreamboothConfig, family: Family) -> dict[str, nn.Module]:
-    """The models that get an adapter, by component name, denoiser first."""
+    """The models that get an adapter, by component name, denoiser first.
+
+    Text encoders that have none of the family's ``text_targets`` are left as they are: such as the
+    T5 of SD 3, for which other programs have no LoRA.
+    """
     parts = family.components
     models = {parts.denoiser_name: parts.denoiser}
-    return models | parts.text_encoders if cfg.text_encoder.train else models
+    endings = tuple(f".{ending}" for ending in family.text_targets)
+    for name, encoder in parts.text_encoders.items() if cfg.text_encoder.train else ():
+        if any(module.endswith(endings) for module in adaptable_modules(encoder)):
+            models[name] = encoder
+    return models
 
 
 def add_adapters(
@@ -226,6 +234,7 @@ def _fit(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
         generator = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "basis", index))
         indices = inputs.dataset.batch(index * size, size)
         conditioning = inputs.conditioning.select([inputs.prompt_rows[i] for i in indices])
+        conditioning = family.frame(conditioning, [inputs.framings[i] for i in indices])
         return family.loss(
             family.components.denoiser, inputs.latents[indices], conditioning, generator
         ).mean()

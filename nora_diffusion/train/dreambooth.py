@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_
 from nora_diffusion.data.dataset import class_prompt
 from nora_diffusion.data.images import read_photos
 from nora_diffusion.families import load_family
-from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families.base import Framing, resolve_device, resolve_dtype
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -170,6 +170,8 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
         conditioning = family.encode_prompts([inputs.prompts[row] for row in rows])
     else:
         conditioning = inputs.conditioning.select(rows)
+    framings = [inputs.framings[index] for index in indices]
+    conditioning = family.frame(conditioning, framings)
     denoiser = family.components.denoiser
     losses = family.loss(
         denoiser, latents, conditioning, generator, options=common.loss_options(cfg)
@@ -178,7 +180,7 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     session.scaler.scale(loss).backward()
     total = loss.item()
     if cfg.prior == "base_prediction":
-        losses = _base_prediction_losses(session, latents, generator)
+        losses = _base_prediction_losses(session, latents, framings, generator)
         loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
         # Backward apart from the subject's: half the activations are alive at a time.
         session.scaler.scale(loss).backward()
@@ -187,7 +189,10 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
 
 
 def _base_prediction_losses(
-    session: Session, latents: torch.Tensor, generator: torch.Generator
+    session: Session,
+    latents: torch.Tensor,
+    framings: Sequence[Framing],
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """(B,) losses that hold the answer to the class prompt at what the base answers."""
     family, inputs = session.family, session.inputs
@@ -197,19 +202,16 @@ def _base_prediction_losses(
         with adapters.switched_off(denoiser):
             return denoiser(*args, **kwargs)
 
-    of_base = inputs.class_conditioning.repeat(len(latents))
+    of_base = family.frame(inputs.class_conditioning.repeat(len(latents)), framings)
     conditioning = of_base
     if session.cfg.text_encoder.train:
         prompt = class_prompt(session.cfg.data.class_name)
         conditioning = family.encode_prompts([prompt]).repeat(len(latents))
+        conditioning = family.frame(conditioning, framings)
     return family.loss(
-        denoiser,
-        latents,
-        conditioning,
-        generator,
-        options=common.loss_options(session.cfg.train),
-        reference=(base, of_base),
-    )
+        denoiser, latents, conditioning, generator,
+        options=common.loss_options(session.cfg.train), reference=(base, of_base),
+    )  # fmt: skip
 
 
 def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from nora_diffusion.adapter.factor_cache import cache_dir
 from nora_diffusion.config import DreamboothConfig, fill_prompt
 from nora_diffusion.data.cache import encode_items
-from nora_diffusion.data.dataset import Dataset, class_items, class_prompt, subject_views
+from nora_diffusion.data.dataset import Dataset, Item, class_items, class_prompt, subject_views
 from nora_diffusion.data.images import Photo, describe_skipped, read_photos
-from nora_diffusion.families.base import Conditioning, Family
+from nora_diffusion.families.base import Conditioning, Family, Framing
 from nora_diffusion.sampling import GUIDANCE, STEPS, sample_prompts, save_png
 from nora_diffusion.train.common import weights_digest
 from nora_diffusion.train.report import Report
@@ -34,6 +34,7 @@ class Inputs:
         photos: of the subject.
         latents: (I, C, h, w) float32, one for each item.
         weights: (I,) float32, on the loss of each item.
+        framings: for each item how its picture is cut from the photo.
         prompts: P different prompts.
         prompt_rows: for each item the row of its prompt.
         conditioning: of the P prompts, by the base model.
@@ -47,6 +48,7 @@ class Inputs:
     photos: list[Photo]
     latents: Tensor
     weights: Tensor
+    framings: tuple[Framing, ...]
     prompts: tuple[str, ...]
     prompt_rows: tuple[int, ...]
     conditioning: Conditioning
@@ -92,12 +94,14 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     latents = _encode_pictures(cfg, family, dataset)
     prompts = tuple(dict.fromkeys(item.prompt for item in dataset.items))
     device = family.components.device
+    side = cfg.data.resolution_px or family.resolution_px
     described = [(item.image_id, item.prompt, item.weight) for item in dataset.items]
     return Inputs(
         dataset=dataset,
         photos=photos,
         latents=latents.to(device),
         weights=torch.tensor([item.weight for item in dataset.items], device=device),
+        framings=tuple(framing(item, side) for item in dataset.items),
         prompts=prompts,
         prompt_rows=tuple(prompts.index(item.prompt) for item in dataset.items),
         conditioning=_encode_prompts(family, prompts),
@@ -106,6 +110,17 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
         digest=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
     )
+
+
+def framing(item: Item, resolution_px: int) -> Framing:
+    """How the square of an item is cut from its photo, mirrored where the item is."""
+    width, height = item.photo.size
+    scale = resolution_px / min(width, height)
+    x, y = item.place
+    left = (1 - x if item.flip else x) * (width * scale - resolution_px)
+    top = y * (height * scale - resolution_px)
+    side = (resolution_px, resolution_px)
+    return Framing((height, width), (round(top), round(left)), side)
 
 
 def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[Photo]:

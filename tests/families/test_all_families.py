@@ -1,0 +1,290 @@
+"""What holds for every family, on tiny models made from its shipped configs: a row a family."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft.mapping import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nora_diffusion import adapter_info, cli
+from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.adapter.lora import export_lora
+from nora_diffusion.config import UserError, load_config, shipped_configs
+from nora_diffusion.denoiser_hooks import load_adapter
+from nora_diffusion.events import read_events
+from nora_diffusion.families import detect_family, load_family
+from nora_diffusion.families.objective import LossOptions
+from tests.families.rows import CPU, PROMPTS, ROWS, adapt, batch, predict, published_loss
+from tests.tiny import distance
+
+every_family = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.config)
+
+
+@cache
+def saved(config: str, folder: Path) -> Path:
+    """The tiny base of a row as a diffusers folder."""
+    row = next(row for row in ROWS if row.config == config)
+    row.build().save_pretrained(folder / config)
+    return folder / config
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+
+@every_family
+@torch.no_grad()
+def test_the_loss_is_that_of_the_published_equations(row):
+    family = row.load()
+    latents, given = batch(row, family)
+    for seed in (0, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        loss = family.loss(family.components.denoiser, latents, given, generator)
+        expected = published_loss(row, family, latents, given, seed).float()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
+@every_family
+@torch.no_grad()
+def test_a_reference_is_the_target_and_a_mask_takes_places_out(row):
+    family = row.load()
+    latents, given = batch(row, family, 2)
+    denoiser = family.components.denoiser
+
+    def loss(**options):
+        generator = torch.Generator().manual_seed(1)
+        return family.loss(denoiser, latents, given, generator, **options)
+
+    assert torch.equal(loss(reference=(denoiser, given)), torch.zeros(2))
+    whole = torch.ones(2, 1, *row.latents[1:])
+    half = whole.clone()
+    half[..., : row.latents[2] // 2] = 0
+    torch.testing.assert_close(loss(mask=whole), loss())
+    torch.testing.assert_close(loss(mask=half) + loss(mask=1 - half), loss())
+
+
+@every_family
+def test_the_signal_to_noise_weight_is_for_diffusion_alone(row):
+    family = row.load()
+    latents, given = batch(row, family, 2)
+    arguments = (family.components.denoiser, latents, given, torch.Generator().manual_seed(0))
+    options = LossOptions(min_snr_gamma=5.0)
+    if row.signal is not None:
+        assert torch.isfinite(family.loss(*arguments, options=options)).all()
+        return
+    with pytest.raises(UserError, match="train.min_snr_gamma = 5.*flow model"):
+        family.loss(*arguments, options=options)
+
+
+@every_family
+def test_an_adapter_changes_nothing_at_first_and_training_lowers_the_loss(row):
+    family = row.load()
+    denoiser = family.components.denoiser
+    latents, given = batch(row, family, 2)
+
+    def loss() -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return family.loss(denoiser, latents, given, generator).mean()
+
+    before = loss().item()
+    config = NoraConfig(r=16, inner_r=8, target_modules=list(family.targets["attention"]))
+    inject_adapter_in_model(config, denoiser)
+    assert loss().item() == pytest.approx(before, rel=1e-5)
+    optimizer = torch.optim.Adam([p for p in denoiser.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.98 * before
+
+
+# ---- pictures and prompts ------------------------------------------------------------------------
+
+
+@every_family
+def test_prompts_are_encoded_as_the_pipeline_does(row):
+    family = row.load()
+    pipe = family.components.pipeline
+    with torch.no_grad():
+        given = family.encode_prompts(PROMPTS)
+    if row.family not in ("sdxl", "sd3"):
+        return
+    names = {"prompt": PROMPTS, "prompt_2": None}
+    names |= {"prompt_3": None} if row.family == "sd3" else {}
+    with torch.no_grad():
+        states, _, pooled, _ = pipe.encode_prompt(**names, do_classifier_free_guidance=False)
+    torch.testing.assert_close(given.prompt_embeds, states, rtol=0, atol=0)
+    torch.testing.assert_close(given.extra["pooled"], pooled, rtol=0, atol=0)
+
+
+@every_family
+def test_a_prompt_that_is_cut_is_said(row):
+    family = row.load()
+    with torch.no_grad(), pytest.warns(UserWarning, match="tokens cut to the"):
+        family.encode_prompts(["x" * 700])
+
+
+@every_family
+def test_a_picture_depends_on_its_own_seed_alone_and_on_the_prompt(row):
+    family = row.load()
+    side = family.resolution_px
+
+    def draw(seeds: list[int], prompt: str = PROMPTS[0]) -> list[Image.Image]:
+        with torch.no_grad():
+            given, negative = family.encode_prompts([prompt]), family.encode_prompts([""])
+        return family.sample(
+            given.repeat(len(seeds)), negative.repeat(len(seeds)), seeds,
+            steps=2, guidance=3.0, width_px=side, height_px=side,
+        )  # fmt: skip
+
+    together, (alone,), (other,) = draw([7, 8]), draw([8]), draw([8], PROMPTS[1])
+    assert alone.size == (side, side)
+    pixels = [np.asarray(image, dtype=int) for image in (together[1], alone, together[0], other)]
+    # The order of sums depends on the batch: a value may round to its neighbour.
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert np.abs(pixels[0] - pixels[2]).max() > 8
+    assert np.abs(pixels[1] - pixels[3]).max() >= 1
+
+
+@every_family
+def test_images_are_encoded_to_scaled_latents_and_decode_back(row):
+    family = row.load()
+    vae = family.components.pipeline.vae
+    side = family.resolution_px
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_images(pixels)
+    assert latents.shape[1:] == row.latents
+    with torch.no_grad():
+        answer = vae.encode(pixels)
+    raw = answer.latent_dist.mean if hasattr(answer, "latent_dist") else answer.latent
+    shift = vae.config.get("shift_factor") or 0.0
+    torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def predict_loaded(jobs: str) -> None:
+    """What a fresh process does with bases and adapters on disk (JSON: config, base, adapter)."""
+    for config, base, adapter, out in json.loads(jobs):
+        row = next(row for row in ROWS if row.config == config)
+        family = load_family(base, dtype=torch.float32, device=CPU)
+        plain = predict(row, family)
+        load_adapter(family.components.pipeline, adapter)
+        tensors = {"plain": plain, "adapted": predict(row, family)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+
+
+@pytest.fixture(scope="module")
+def reloaded(bases) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Of each row the answers of this process, and of another one that loaded base and adapter."""
+    jobs, here = [], {}
+    for row in ROWS:
+        base, adapter = saved(row.config, bases), bases / f"{row.config}-adapter.safetensors"
+        family = row.load()
+        plain = predict(row, family)
+        adapt(row, family)
+        here[row.config] = {"plain": plain, "adapted": predict(row, family)}
+        save_adapter(family.components.pipeline, adapter)
+        jobs.append([row.config, str(base), str(adapter), str(bases / f"{row.config}-out")])
+    code = "import sys, tests.families.test_all_families as t; t.predict_loaded(sys.argv[1])"
+    command = [sys.executable, "-c", code, json.dumps(jobs)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    return {config: (here[config], load_file(out)) for config, _, _, out in jobs}
+
+
+@every_family
+def test_base_and_adapter_load_in_a_fresh_process(row, reloaded):
+    here, there = reloaded[row.config]
+    assert distance(there["plain"], here["plain"]) <= 1e-5
+    assert distance(there["adapted"], here["adapted"]) <= 1e-5
+    assert distance(here["adapted"], here["plain"]) > 1e-3
+
+
+@every_family
+@pytest.mark.parametrize("init", ["orthogonal", "sigma"])
+def test_the_lora_export_loads_with_other_programs_loader(row, init, tmp_path):
+    family = row.load()
+    plain = predict(row, family)
+    count = adapt(row, family)
+    native = save_adapter(family.components.pipeline, tmp_path / "adapter.safetensors")
+    out = export_lora(native, tmp_path / "lora.safetensors", base=row.build())
+    clean = row.load()
+    pipe = clean.components.pipeline
+    pipe.load_lora_weights(str(tmp_path), weight_name=out.name)
+    loaded = sum(
+        isinstance(module, LoraLayer)
+        for model in pipe.components.values()
+        if isinstance(model, torch.nn.Module)
+        for module in model.modules()
+    )
+    assert loaded == count
+    assert distance(predict(row, clean), predict(row, family)) <= 1e-4
+    assert distance(predict(row, clean), plain) > 1e-3
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+@every_family
+def test_dreambooth_and_sample_end_to_end(row, bases, tmp_path, capsys):
+    base, photos, run = saved(row.config, bases), tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index}.png")
+    config = tmp_path / "config.toml"
+    config.write_text(f"""
+        model = {{ base = "{base}", device = "cpu" }}
+        adapter = {{ r = 8, inner_r = 2 }}
+        text_encoder = {{ train = {str(row.text_modules > 0).lower()}, r = 8, inner_r = 2 }}
+        data = {{ subject = "{photos}", class_name = "toy", crop = "random", flip = true }}
+        train = {{ steps = 3, batch_size = 2, prior = "base_prediction" }}
+        sample = {{ n = 1, steps = 2, prompts = ["a {{trigger}} {{class_name}}"] }}
+        output = {{ dir = "{run}" }}
+    """)
+    assert cli.main_dreambooth([str(config)]) == 0
+    for name in ("adapter.safetensors", "pytorch_lora_weights.safetensors", "README.md"):
+        assert (run / name).is_file()
+    assert (run / "before_after.png").is_file() and (run / "samples" / "sheet.png").is_file()
+    assert [event["event"] for event in read_events(run / "events.jsonl")][-1] == "done"
+    info = adapter_info(run / "adapter.safetensors")
+    modules = sum(part["modules"] for part in info["components"].values())
+    assert (info["family"], modules) == (row.family, row.modules + row.text_modules)
+
+    out = tmp_path / "pictures"
+    options = ["--n", "1", "--steps", "2", "--out", str(out)]
+    assert cli.main(["sample", str(run), "a {trigger}", *options]) == 0
+    (picture,) = out.glob("*.png")
+    assert Image.open(picture).size == (row.load().resolution_px,) * 2
+    capsys.readouterr()
+
+
+@every_family
+def test_its_pipeline_is_recognised(row):
+    assert detect_family(row.build()) == row.family
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_a_shipped_config_is_short_and_begins_with_its_launch_command(name):
+    lines = shipped_configs()[name].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 30
+    assert lines[0].startswith(f"# nora-dreambooth {name} ")
+    words = lines[0].removeprefix(f"# nora-dreambooth {name} ").split()
+    assert load_config(name, words).data.class_name
