@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nora_diffusion.config import DreamboothConfig, shipped_configs
+from nora_diffusion.config import DreamboothConfig
 from nora_diffusion.schema import list_keys
 from nora_diffusion.settings import quote
 
@@ -15,7 +15,7 @@ Written by `python scripts/config_reference.py` from the schema in `nora_diffusi
 
     nora-dreambooth CONFIG [--section.key value ...] [--dry-run] [--resume DIR]
 
-`CONFIG` is a TOML file or one of the shipped configs: {shipped}. The command line goes before the
+`CONFIG` is a TOML file or the name of one in `configs/`, such as `mini`. The command line goes before the
 file, the file before the defaults below. Paths are relative to the folder the command is run in.
 
 - `--dry-run` prints every setting as it would be used, and what is in the photo folder.
@@ -31,8 +31,7 @@ file, the file before the defaults below. Paths are relative to the folder the c
 
 def page() -> str:
     """The page's text."""
-    shipped = ", ".join(f"`{name}`" for name in shipped_configs())
-    lines = [INTRODUCTION.format(shipped=shipped)]
+    lines = [INTRODUCTION]
     section = None
     for key in list_keys(DreamboothConfig):
         if key.section is not section:

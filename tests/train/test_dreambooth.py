@@ -202,7 +202,7 @@ def test_base_prediction_starts_at_zero_and_pulls_back(make_config, tmp_path):
 
     def prior_losses() -> torch.Tensor:
         return dreambooth._base_prediction_losses(
-            session, latents, torch.Generator().manual_seed(0)
+            session, latents, session.inputs.framings[:2], torch.Generator().manual_seed(0)
         )
 
     assert prior_losses().abs().max() == 0
