@@ -16,7 +16,8 @@ Written by `python scripts/config_reference.py` from the schema in `nora_diffusi
     nora-dreambooth CONFIG [--section.key value ...] [--dry-run] [--resume DIR]
 
 `CONFIG` is a TOML file or the name of one in `configs/`, such as `mini`. The command line goes
-before the file, the file before the defaults below. Paths are relative to the folder the command is run in.
+before the file, the file before the defaults below. Paths are relative to the folder the command is
+run in.
 
 - `--dry-run` prints every setting as it would be used, and what is in the photo folder.
 - A list is given by repeating its flag, or as a TOML array: `--sample.prompts '["one", "two"]'`.
