@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from nora_diffusion.adapter import NoraLayer, files, iter_nora_layers
 
 _ATTRIBUTE = "_nora_timestep_rank_hook"
+
+TIMESTEP_RANGES = {
+    "FluxTransformer2DModel": (0.0, 1.0),
+    "Flux2Transformer2DModel": (0.0, 1.0),
+    "ZImageTransformer2DModel": (1.0, 0.0),
+}
+"""Timesteps of a picture and of pure noise, of denoisers that are given sigma or 1 - sigma."""
 
 
 def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000) -> RemovableHandle:
@@ -25,8 +33,8 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
         denoiser: called as ``denoiser(latents (B, ...), timestep, ...)``, where the timestep is a
             number, or a tensor of one, B or B/m elements (then the batch is m copies in a row, as
             in classifier-free guidance).
-        num_train_timesteps: the timestep of pure noise: 1000 for Stable Diffusion, 1 for models
-            that are given sigma itself.
+        num_train_timesteps: the timestep of pure noise, as in Stable Diffusion; denoisers in
+            ``TIMESTEP_RANGES`` have their own.
 
     Returns:
         A handle whose ``remove()`` takes the hook off again.
@@ -34,6 +42,8 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
     handle = getattr(denoiser, _ATTRIBUTE, None)
     if isinstance(handle, RemovableHandle) and handle.id in (handle.hooks_dict_ref() or {}):
         return handle
+    kind = type(getattr(denoiser, "_orig_mod", denoiser)).__name__  # as under torch.compile
+    clean, noise = TIMESTEP_RANGES.get(kind, (0.0, num_train_timesteps))
 
     def push(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layers = [layer for _, layer in iter_nora_layers(module) if has_timestep_law(layer)]
@@ -41,7 +51,7 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
             return
         latents = args[0] if args else next(iter(kwargs.values()))
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        progress = timestep_progress(timestep, latents, num_train_timesteps)
+        progress = timestep_progress(timestep, latents, noise, clean)
         for layer in layers:
             layer.set_progress(progress)
 
@@ -50,17 +60,26 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
     return handle
 
 
-def timestep_progress(timestep: Any, latents: Tensor, num_train_timesteps: float) -> Tensor:
+def timestep_progress(
+    timestep: Any, latents: Tensor | Sequence[Tensor], noise: float, clean: float = 0.0
+) -> Tensor:
     """Noise level t/T of each sample, (B,) float32 in [0, 1], on the latents' device.
+
+    Args:
+        timestep: see ``attach_timestep_rank``.
+        latents: (B, ...), or a list of B.
+        noise: timestep of pure noise, T.
+        clean: timestep of a picture.
 
     Raises:
         ValueError: when the number of timesteps does not divide the batch.
     """
-    batch = latents.shape[0]
-    steps = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
+    batch = len(latents)
+    steps = torch.as_tensor(timestep, dtype=torch.float32, device=latents[0].device).reshape(-1)
     if batch % len(steps):
         raise ValueError(f"{len(steps)} timesteps for a batch of {batch}: give 1 or {batch}")
-    return (steps / num_train_timesteps).clamp(0, 1).repeat(batch // len(steps))
+    progress = (steps - clean) / (noise - clean)
+    return progress.clamp(0, 1).repeat(batch // len(steps))
 
 
 def load_adapter(
@@ -99,7 +118,7 @@ def has_timestep_law(layer: NoraLayer) -> bool:
 
 def _denoisers(pipe_or_model: Any) -> list[nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
-        takes_timestep = "timestep" in inspect.signature(pipe_or_model.forward).parameters
-        return [pipe_or_model] if takes_timestep else []
+        parameters = inspect.signature(pipe_or_model.forward).parameters
+        return [pipe_or_model] if {"timestep", "t"} & parameters.keys() else []
     parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
     return [part for part in parts if isinstance(part, nn.Module)]

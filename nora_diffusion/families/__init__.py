@@ -24,6 +24,9 @@ FAMILIES = {
     "sd": "nora_diffusion.families.sd",
     "sdxl": "nora_diffusion.families.sdxl",
     "sd3": "nora_diffusion.families.sd3",
+    "flux": "nora_diffusion.families.flux",
+    "flux2_klein": "nora_diffusion.families.flux2_klein",
+    "z_image": "nora_diffusion.families.z_image",
     "pixart": "nora_diffusion.families.pixart",
     "sana": "nora_diffusion.families.sana",
 }
@@ -33,6 +36,9 @@ PIPELINES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2_klein",
+    "ZImagePipeline": "z_image",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
 }

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nora_diffusion.config import UserError
+
 
 def tokenize(
     tokenizer: Any, prompts: Sequence[str], max_length: int | None = None
@@ -73,6 +75,60 @@ def t5_states(
     return answer.last_hidden_state, mask
 
 
+def as_chat(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
+    """The prompts as what a user says in a chat, for language models as text encoders.
+
+    Args:
+        tokenizer: with a chat template.
+        prompts: of the user.
+        thinking: whether the template leaves room for the model to think before it answers.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for prompt in prompts
+    ]
+
+
+def layer_states(
+    tokenizer: Any, encoder: Any, texts: Sequence[str], max_length: int, layers: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """States (B, S, D) after each of some layers of a language model, and the mask (B, S).
+
+    Args:
+        tokenizer: of the model.
+        encoder: the model, with or without its head.
+        texts: the B texts.
+        max_length: S.
+        layers: 0 is the embedding.
+    """
+    ids, mask = tokenize(tokenizer, texts, max_length)
+    mask = mask.to(encoder.device)
+    body = getattr(encoder, "model", encoder)  # a head would score the whole vocabulary in vain
+    answer = body(
+        ids.to(encoder.device), attention_mask=mask, output_hidden_states=True, use_cache=False
+    )
+    return [answer.hidden_states[layer] for layer in layers], mask
+
+
+def check_size(pixels: Tensor, multiple_px: int) -> None:
+    """Refuse pictures (B, 3, H, W) that cannot be cut into whole patches.
+
+    Raises:
+        UserError: when H or W is no multiple of ``multiple_px``.
+    """
+    height, width = pixels.shape[-2:]
+    if height % multiple_px or width % multiple_px:
+        raise UserError(
+            f"data.resolution_px: this base reads pictures in patches of {multiple_px} x "
+            f"{multiple_px} px, and these are {width} x {height}; give a multiple of {multiple_px}"
+        )
+
+
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] to (B, C, H/f, W/f) float32 latents: the mean of the posterior.
@@ -87,13 +143,22 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
         latents = answer.latent_dist.mode()
     else:  # autoencoders without a distribution: AutoencoderTiny, AutoencoderDC
         latents = answer.latents if hasattr(answer, "latents") else answer.latent
-    latents = (latents.float() - _shift(vae)) * vae.config.scaling_factor
+    latents = (latents.float() - _shift(vae)) * _scale(vae)
     if not torch.isfinite(latents).all():
         raise ValueError("the autoencoder answered NaN or infinity to these images")
     return latents
 
 
-def draw_images(
+def draw_images(pipe: Any, seeds: Sequence[int], **settings: Any) -> list[Image.Image]:
+    """The images of B seeds by a pipeline; settings as for ``draw_latents``.
+
+    Raises:
+        ValueError: when the denoiser answers NaN or infinity.
+    """
+    return decode_images(pipe, draw_latents(pipe, seeds, **settings))
+
+
+def draw_latents(
     pipe: Any,
     seeds: Sequence[int],
     *,
@@ -102,13 +167,9 @@ def draw_images(
     width_px: int,
     height_px: int,
     **conditioning: Any,
-) -> list[Image.Image]:
-    """The images of B seeds by a pipeline, under what ``conditioning`` tells it.
-
-    Raises:
-        ValueError: when the denoiser answers NaN or infinity.
-    """
-    latents = pipe(
+) -> Tensor:
+    """What a pipeline draws from B seeds, under what ``conditioning`` tells it, not yet decoded."""
+    return pipe(
         generator=generators(seeds),
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -117,7 +178,6 @@ def draw_images(
         output_type="latent",
         **conditioning,
     ).images
-    return decode_images(pipe, latents)
 
 
 @torch.no_grad()
@@ -133,7 +193,7 @@ def decode_images(pipe: Any, latents: Tensor) -> list[Image.Image]:
             "adapter trained with a lower train.learning_rate"
         )
     vae = pipe.vae.to(latents.device)
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)
+    latents = latents.to(vae.dtype) / _scale(vae) + _shift(vae)
     images = vae.decode(latents, return_dict=False)[0]
     return pipe.image_processor.postprocess(images, output_type="pil")
 
@@ -141,6 +201,10 @@ def decode_images(pipe: Any, latents: Tensor) -> list[Image.Image]:
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator a picture, on the CPU, so that it is the same in any batch on any device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _scale(vae: Any) -> float:
+    return vae.config.get("scaling_factor") or 1.0  # that of Flux.2 has statistics in its place
 
 
 def _shift(vae: Any) -> float:

@@ -6,7 +6,9 @@ A family brings a function that asks its denoiser for the velocity; what differs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ from nora_diffusion.families import objective
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """``predict(noisy (B, C, ...), sigmas (B,)) -> velocity (B, C, ...)``: noise minus picture."""
+
+
+def scheduler_shift(config: Any, tokens: int) -> float:
+    """Shift of sigmas that a flow-matching scheduler applies, for ``objective.shift_sigmas``.
+
+    Args:
+        config: of diffusers' flow-matching Euler scheduler. With ``use_dynamic_shifting`` the shift
+            grows with the picture (Esser et al. 2024, sec. 5.3.2, as Flux.1 has it): its
+            logarithm, or for ``time_shift_type = "linear"`` itself, lies on the straight line
+            through ``base_shift`` and ``max_shift``. Otherwise it is ``shift``.
+        tokens: image tokens of the denoiser.
+    """
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    share = (tokens - config.base_image_seq_len) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
+    mu = config.base_shift + share * (config.max_shift - config.base_shift)
+    return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 
 def flow_loss(
