@@ -112,7 +112,7 @@ def tiny_unet(family: str = "sd15") -> UNet2DConditionModel:
             **json.loads((ASSETS / "configs" / "sdxl" / "unet" / "config.json").read_text()),
             "block_out_channels": (32, 32, 64),
             "attention_head_dim": [2, 2, 4],
-            "cross_attention_dim": 64,
+            "cross_attention_dim": 32 + 64,
             "transformer_layers_per_block": 1,
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
@@ -153,7 +153,8 @@ def tiny_pipeline(
             prediction_type=prediction,
         )
         if family == "sdxl":
-            second = text_config(tokenizer, 32, "gelu", 32)
+            # Wider than the first, as the real one: by that diffusers tells them apart in a file.
+            second = text_config(tokenizer, 64, "gelu", 32)
             pipe: Any = StableDiffusionXLPipeline(
                 vae=vae,
                 text_encoder=tiny_text_encoder(tokenizer),

@@ -46,9 +46,9 @@ class StableDiffusionXL:
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
         """The pipeline of a folder, hub id or single file, on the CPU."""
         if isinstance(source, Path) and source.is_file():
-            from nora_diffusion.families.single_file import load_single_file
+            from nora_diffusion.families.single_file import load_single_file_xl
 
-            return load_single_file(source, **kwargs)
+            return load_single_file_xl(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
@@ -23,17 +26,20 @@ _UNET = "model.diffusion_model."
 _CONV_IN = _UNET + "input_blocks.0.0.weight"
 _CLIP = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
 _OPEN_CLIP = "cond_stage_model.model.token_embedding.weight"
-_V_PREDICTION_MARK = "v_pred"  # an empty tensor by which some checkpoints say so
+_XL_CLIP = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
+_XL_OPEN_CLIP = "conditioner.embedders.1.model.token_embedding.weight"
+# Empty tensors by which some checkpoints say so.
+_V_PREDICTION_MARK = "v_pred"
+_ZERO_TERMINAL_MARK = "ztsnr"
 
 
 def detect_family(path: Path) -> str:
     """Family of a checkpoint, from the names in its header.
 
     Raises:
-        UserError: when it is damaged or not a text-to-image Stable Diffusion 1.x or 2.x.
+        UserError: when it is damaged or not a text-to-image Stable Diffusion 1.x, 2.x or XL.
     """
-    config_name(path)
-    return "sd"
+    return "sdxl" if config_name(path) == "sdxl" else "sd"
 
 
 def load_single_file(
@@ -56,7 +62,7 @@ def load_single_file(
         UserError: when the file is damaged or of another family.
     """
     name = config_name(path)
-    folder = Path(config) if config is not None else ASSETS / "configs" / name
+    folder = _config_folder(name, config)
     kwargs.setdefault("tokenizer", load_tokenizer(folder))
     pipe = StableDiffusionPipeline.from_single_file(
         str(path),
@@ -68,7 +74,7 @@ def load_single_file(
         **kwargs,
     )
     if prediction_type is None and name == "sd21":
-        marked = _V_PREDICTION_MARK in _shapes(path)
+        marked = _V_PREDICTION_MARK in tensor_shapes(path)
         velocity = marked or predicts_velocity(pipe.unet)
         prediction_type = "v_prediction" if velocity else "epsilon"
         if not velocity and config is None:  # 2.x-base: 512 px, where the 768 px ones predict v
@@ -78,9 +84,45 @@ def load_single_file(
     return pipe
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
+def load_single_file_xl(
+    path: Path,
+    *,
+    config: str | Path | None = None,
+    prediction_type: str | None = None,
+    **kwargs: Any,
+) -> StableDiffusionXLPipeline:
+    """Load a Stable Diffusion XL checkpoint.
+
+    Args:
+        path: the file.
+        config: folder of model configs in place of the shipped ones.
+        prediction_type: "epsilon" or "v_prediction"; None: what the file says of itself by the mark
+            that v-predicting checkpoints carry, else "epsilon".
+        kwargs: for diffusers' ``from_single_file``.
+
+    Raises:
+        UserError: when the file is damaged or of another family.
+    """
+    folder = _config_folder(config_name(path), config)
+    for part in ("tokenizer", "tokenizer_2"):
+        kwargs.setdefault(part, load_tokenizer(folder, part))
+    pipe = StableDiffusionXLPipeline.from_single_file(
+        str(path), config=str(folder), local_files_only=True, add_watermarker=False,
+        image_encoder=None, feature_extractor=None, **kwargs,
+    )  # fmt: skip
+    names = tensor_shapes(path)
+    changes: dict[str, Any] = {}
+    if prediction_type is not None or _V_PREDICTION_MARK in names:
+        changes["prediction_type"] = prediction_type or "v_prediction"
+    if _ZERO_TERMINAL_MARK in names:
+        changes["rescale_betas_zero_snr"] = True
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **changes)
+    return pipe
+
+
+def load_tokenizer(folder: Path, part: str = "tokenizer") -> CLIPTokenizer:
     """CLIP tokenizer of a model config folder, by default with the shipped vocabulary."""
-    own = folder / "tokenizer"
+    own = folder / part
     if (own / "tokenizer.json").is_file() or (own / "vocab.json").is_file():
         return CLIPTokenizer.from_pretrained(str(own), local_files_only=True)
     settings = json.loads((own / "tokenizer_config.json").read_text())
@@ -111,13 +153,15 @@ def predicts_velocity(unet: UNet2DConditionModel) -> bool:
 
 def config_name(path: Path) -> str:
     """Folder under ``assets/configs`` for a checkpoint; see ``detect_family`` for the errors."""
-    shapes = _shapes(path)
+    shapes = tensor_shapes(path)
     prefix = f'model.base = "{path}": '
-    if _CONV_IN not in shapes or (_CLIP not in shapes and _OPEN_CLIP not in shapes):
+    marks = {"sd15": (_CLIP,), "sd21": (_OPEN_CLIP,), "sdxl": (_XL_CLIP, _XL_OPEN_CLIP)}
+    found = [name for name, encoders in marks.items() if all(mark in shapes for mark in encoders)]
+    if _CONV_IN not in shapes or not found:
         raise UserError(
-            prefix + "this file is not a complete Stable Diffusion 1.x or 2.x checkpoint (with "
-            "UNet, text encoder and autoencoder); other families load from a diffusers folder "
-            "or a Hugging Face id"
+            prefix + "this file is not a complete Stable Diffusion 1.x, 2.x or XL checkpoint (with "
+            "UNet, text encoders and autoencoder; the refiner of XL is none); other families load "
+            "from a diffusers folder or a Hugging Face id"
         )
     channels = shapes[_CONV_IN][1]
     if channels != 4:
@@ -125,10 +169,19 @@ def config_name(path: Path) -> str:
             prefix + f"its UNet takes {channels} channels, so it is an inpainting, depth or "
             "upscaling model; use a text-to-image model (4 channels)"
         )
-    return "sd15" if _CLIP in shapes else "sd21"
+    return found[0]
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _config_folder(name: str, given: str | Path | None) -> Path:
+    return Path(given) if given is not None else ASSETS / "configs" / name
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of a .safetensors file, from its header alone.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -19,6 +19,8 @@ RESNET = {
 UNET_FIXED = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -46,11 +48,18 @@ def ldm_checkpoint(pipe: Any) -> dict[str, Tensor]:
         if ".attn_1." in key and key.endswith("weight") and value.ndim == 2:
             value = value[:, :, None, None]
         checkpoint[f"first_stage_model.{key}"] = value
+    if hasattr(pipe, "text_encoder_2"):
+        checkpoint |= clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+        return checkpoint | open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
     if pipe.unet.config.use_linear_projection:
-        return checkpoint | open_clip(pipe.text_encoder.state_dict())
-    return checkpoint | {
-        f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value
-        for name, value in pipe.text_encoder.state_dict().items()
+        return checkpoint | open_clip(pipe.text_encoder, "cond_stage_model.model.")
+    return checkpoint | clip(pipe.text_encoder, "cond_stage_model.transformer.")
+
+
+def clip(encoder: Any, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}text_model.{name.removeprefix('text_model.')}": value
+        for name, value in encoder.state_dict().items()
     }
 
 
@@ -90,9 +99,13 @@ def vae_key(name: str, blocks: int) -> str:
     return re.sub(up, lambda m: f"up.{blocks - 1 - int(m[1])}.{parts[m[2]]}", name)
 
 
-def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name.removeprefix("text_model."): value for name, value in state.items()}
+def open_clip(encoder: Any, prefix: str) -> dict[str, Tensor]:
+    state = {
+        name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()
+    }
     renamed: dict[str, Tensor] = {}
+    if (projection := state.pop("text_projection.weight", None)) is not None:
+        renamed["text_projection"] = projection.T
     for name, value in state.items():
         if match := re.match(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name):
             joined = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
@@ -113,4 +126,4 @@ def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ):
                 name = name.replace(old, new)
             renamed[name] = value
-    return {f"cond_stage_model.model.{name}": value for name, value in renamed.items()}
+    return {f"{prefix}{name}": value for name, value in renamed.items()}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -39,6 +39,30 @@ def test_single_file_is_the_same_model(family, tmp_path):
     with torch.no_grad():
         same = [p.vae(image).sample for p in (loaded, pipe)]
     torch.testing.assert_close(*same, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr")])
+def test_single_file_of_sdxl_is_the_same_model(marks, tmp_path):
+    pipe = tiny_pipeline("sdxl")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        EulerDiscreteScheduler.load_config(CONFIGS / "sdxl" / "scheduler")
+    )
+    pipe.save_pretrained(tmp_path / "configs")
+    checkpoint = {name: t.contiguous() for name, t in ldm_checkpoint(pipe).items()}
+    file = tmp_path / "model.safetensors"
+    save_file(checkpoint | {mark: torch.zeros(0) for mark in marks}, file)
+    for weights in (tmp_path / "configs").rglob("*.safetensors"):
+        weights.unlink()
+
+    assert detect_family(file) == "sdxl"
+    loaded = load_pipeline(file, config=tmp_path / "configs")
+    torch.testing.assert_close(predict(loaded), predict(pipe), rtol=0, atol=0)
+    family = load_family(
+        file, config=tmp_path / "configs", dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert (family.name, family.resolution_px) == ("sdxl", 16)
+    assert family.prediction_type == ("v_prediction" if "v_pred" in marks else "epsilon")
+    assert (family.alphas_cumprod[-1] < 1e-6) == ("ztsnr" in marks)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +138,7 @@ def _write(path: Path, shapes: dict[str, list[int]]) -> Path:
 
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
+REFINER = "conditioner.embedders.0.model.token_embedding.weight"
 TEXT = "cond_stage_model.model.token_embedding.weight"
 
 
@@ -125,6 +150,9 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match="not a complete Stable Diffusion"):
         load_pipeline(path)
     (tmp_path / "c.safetensors").write_bytes(b"\x10\x00")
+    path = _write(tmp_path / "refiner.safetensors", {UNET: [8, 4, 3, 3], REFINER: [4, 4]})
+    with pytest.raises(UserError, match="the refiner of XL is none"):
+        load_pipeline(path)
     with pytest.raises(UserError, match="not a readable .safetensors"):
         load_pipeline(tmp_path / "c.safetensors")
     (tmp_path / "d.ckpt").write_bytes(b"PK")
