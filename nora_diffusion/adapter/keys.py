@@ -13,6 +13,7 @@ from dataclasses import dataclass
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 DENOISERS = ("unet", "transformer")
 BARE_MODEL = "model"
+_IN_CLIP = ("embeddings.", "encoder.layers.", "final_layer_norm")
 COMPONENTS = (*DENOISERS, *TEXT_ENCODERS, BARE_MODEL)
 
 
@@ -34,14 +35,12 @@ class Dialect:
 
 
 def text_encoder_path(module: str) -> str:
-    """Path of a CLIP module with its `text_model.` level.
+    """Path of a text encoder's module, with the `text_model.` level if the encoder is a CLIP.
 
     transformers 5 dropped that level from `CLIPTextModel` (not from `CLIPTextModelWithProjection`),
-    but files of every other program keep it.
+    but files of every other program keep it. T5 and Gemma never had it.
     """
-    if module.startswith("text_model.") or module == "text_projection":
-        return module
-    return f"text_model.{module}"
+    return f"text_model.{module}" if module.startswith(_IN_CLIP) else module
 
 
 def diffusers_name(component: str, module: str) -> str:

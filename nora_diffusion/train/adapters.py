@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
@@ -173,7 +174,10 @@ def add_adapter(component: str, model: Any, config: NoraConfig) -> None:
         UserError: when no module matches ``adapter.target_modules``.
     """
     try:
-        model.add_adapter(config, NAME)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, NAME)
+        else:  # diffusers has no such method on PixArt's transformer
+            inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

@@ -11,14 +11,17 @@ from nora_diffusion.families import built_in_version
 from nora_diffusion.train.inputs import scene_prompts
 from nora_diffusion.train.session import Session
 
+PEFT_FOLDER = "peft"
+"""Folder of the LoRA in PEFT's own layout, where diffusers cannot load one for the pipeline."""
+
 _LORA = """
-The same adapter as a LoRA file, for other programs (exact, not an approximation):
+The same adapter as a LoRA, for other programs (exact, not an approximation):
 
 ```python
-from nora_diffusion import load_pipeline
+{import_lora}from nora_diffusion import load_pipeline
 
 pipe = load_pipeline({base})
-pipe.load_lora_weights("pytorch_lora_weights.safetensors")
+{load_lora}
 image = pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 image.save("example_lora.png")
 ```
@@ -81,7 +84,7 @@ def model_card(session: Session) -> str:
         "guidance": cfg.sample.guidance,
     }
     count = len(session.inputs.photos)
-    lora = _LORA.format(**sampling) if cfg.output.lora else ""
+    lora = _LORA.format(**sampling, **_loading(session)) if cfg.output.lora else ""
     card = _CARD.format(
         **sampling,
         base_yaml=json.dumps(parts.base),
@@ -97,6 +100,21 @@ def model_card(session: Session) -> str:
     if dtype:
         card = card.replace("```python\n", "```python\nimport torch\n")
     return card
+
+
+def _loading(session: Session) -> dict[str, str]:
+    """The lines that import and call the loader of the LoRA."""
+    if hasattr(session.family.components.pipeline, "load_lora_weights"):
+        line = 'pipe.load_lora_weights("pytorch_lora_weights.safetensors")'
+        return {"import_lora": "", "load_lora": line}
+    folders = {name: f"{PEFT_FOLDER}/{name}" for name in session.models}
+    if len(folders) == 1:
+        folders = dict.fromkeys(folders, PEFT_FOLDER)
+    lines = [
+        f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{folder}")'
+        for name, folder in folders.items()
+    ]
+    return {"import_lora": "from peft import PeftModel\n", "load_lora": "\n".join(lines)}
 
 
 def _table(session: Session) -> str:

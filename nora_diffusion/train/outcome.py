@@ -26,7 +26,7 @@ from nora_diffusion.sampling import (
 )
 from nora_diffusion.train import adapters
 from nora_diffusion.train.inputs import scene_prompts
-from nora_diffusion.train.model_card import model_card
+from nora_diffusion.train.model_card import PEFT_FOLDER, model_card
 from nora_diffusion.train.session import Session
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -53,7 +53,7 @@ def write_outcome(session: Session) -> None:
             metadata=describe(session),
         )
     if cfg.output.lora:
-        export_lora(run / ADAPTER_FILE, run / LORA_FILE, base=session.family.components.pipeline)
+        _write_lora(session)
     session.report.say(f"drawing the samples in {run / 'samples'}")
     after = _draw(session)
     before = _draw(session, adapted=False)
@@ -65,6 +65,13 @@ def write_outcome(session: Session) -> None:
     save_png(compared, run / BEFORE_AFTER, _origin(session))
     session.report.picture(session.step, run / BEFORE_AFTER, compared, "before and after")
     (run / CARD_FILE).write_text(model_card(session), encoding="utf-8")
+
+
+def _write_lora(session: Session) -> None:
+    run, pipe = session.run, session.family.components.pipeline
+    export_lora(run / ADAPTER_FILE, run / LORA_FILE, base=pipe)
+    if not hasattr(pipe, "load_lora_weights"):  # of PixArt: PEFT itself loads what it wrote
+        export_lora(run / ADAPTER_FILE, run / PEFT_FOLDER, layout="peft", base=pipe)
 
 
 def describe(session: Session) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from nora_diffusion.families.single_file import load_tokenizer
 
 CLIP_L, CLIP_L_PROJECTED, CLIP_G = 123_060_480, 123_650_304, 694_659_840
 T5_XXL = 4_762_310_656
+GEMMA_2_2B = 2_614_341_888
 VAE, VAE_16 = 83_653_863, 83_819_683
+DC_AE = 312_250_275
 
 SD3_ENCODERS = {
     "text_encoder": CLIP_L_PROJECTED,
@@ -30,6 +32,9 @@ PARAMETERS = {
     "sd3": {"transformer": 2_028_328_000, **SD3_ENCODERS},
     "sd35_medium": {"transformer": 2_243_171_520, **SD3_ENCODERS},
     "sd35_large": {"transformer": 8_056_627_520, **SD3_ENCODERS},
+    "pixart_sigma": {"transformer": 610_856_096, "text_encoder": T5_XXL, "vae": VAE},
+    # Sana 1.5 is Sana 1.0 (1,604,462,752) with four norms of 2,240 in each of its 20 layers.
+    "sana": {"transformer": 1_604_641_952, "text_encoder": GEMMA_2_2B, "vae": DC_AE},
 }
 """Parameters of each model in the public checkpoints."""
 
