@@ -29,7 +29,7 @@ class Recipe:
 
 
 PRESETS = {
-    "cpu": Recipe("mini-64-v1", 64, "common", 120_000, 416_000, 32),
+    "cpu": Recipe("mini-64-v2", 64, "few", 120_000, 320_000, 32),
     "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 6_000_000, 512),
 }
 

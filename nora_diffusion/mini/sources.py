@@ -40,7 +40,7 @@ class Concept:
 
 @cache
 def concept_lists() -> dict:
-    """Returns concepts.toml: held_out, held_out_variants, classes and spoken."""
+    """Returns concepts.toml: few, held_out, held_out_variants, classes and spoken."""
     return tomllib.loads((Path(__file__).parent / "concepts.toml").read_text(encoding="utf-8"))
 
 
@@ -109,9 +109,9 @@ def concepts(work: Path, size: str = "common") -> list[Concept]:
 
     Args:
         work: the recipe's work folder.
-        size: "common" (the classes of concepts.toml), "full" (those and every other animal, food,
-            place, activity and object) or "everything" (flags, faces and people too; for the
-            autoencoder, which needs no names).
+        size: "few" (the list of that name in concepts.toml), "common" (its classes), "full" (those
+            and every other animal, food, place, activity and object) or "everything" (flags, faces
+            and people too; for the autoencoder, which needs no names).
 
     Raises:
         ValueError: a name in concepts.toml has no picture, or is held out.
@@ -119,8 +119,8 @@ def concepts(work: Path, size: str = "common") -> list[Concept]:
     lists = concept_lists()
     spoken = lists["spoken"]
     class_of = {name: cls for cls, names in lists["classes"].items() for name in names}
-    chosen = list(class_of)
-    if size != "common":
+    chosen = lists["few"] if size == "few" else list(class_of)
+    if size not in ("few", "common"):
         groups = COMMON_GROUPS if size == "full" else None
         for name, (_, group) in _codes(work).items():
             if name not in class_of and (groups is None or group in groups):

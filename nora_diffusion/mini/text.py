@@ -21,7 +21,13 @@ _WORDS = (
 
 
 def build_tokenizer(concepts: list[Concept], folder: Path, vocabulary: int = 2048) -> CLIPTokenizer:
-    """Learns merges from the words of the captions and saves a `CLIPTokenizer` to `folder`."""
+    """Learns merges from the words of the captions and saves a `CLIPTokenizer` to `folder`.
+
+    What is saved there already is returned as it is: pairs that are equally frequent get their
+    ranks in no fixed order, and weights belong to the ids that they were trained with.
+    """
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     corpus = [*_WORDS, *COLOURS, *SCENES, "background"]
     corpus += [c.noun for c in concepts] + [c.class_name for c in concepts]
     random = Random(0)
