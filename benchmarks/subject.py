@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="*", help="other held-out emoji, to choose settings on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config override")
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v1")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v2")
     parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--name", default="subject", help="of the result file")
     args = parser.parse_args()

@@ -183,7 +183,7 @@ def test_a_byte_order_mark_is_no_problem(toml):
 
 
 def test_unknown_config_names_the_shipped_ones():
-    with pytest.raises(UserError, match="no such file, nor one of mini, .*did you mean mini?"):
+    with pytest.raises(UserError, match="no such file, nor one of flux, .*did you mean mini?"):
         load_config("minni")
 
 
@@ -206,7 +206,7 @@ def test_shipped_configs_are_valid_short_and_start_with_their_command(name):
     assert {key for key in written if get_key(config, key) == KEYS[key].default} <= {
         # said again where they are the subject of the file
         "model.base", "adapter.r", "adapter.inner_r", "train.steps", "train.batch_size",
-        "train.learning_rate",
+        "train.learning_rate", "sample.guidance",
     }  # fmt: skip
 
 

@@ -96,16 +96,7 @@ def _compose(concepts: list[Concept], where: list[str], size_px: int, random: Ra
     compositor = Compositor(concepts, size_px, backgrounds=1)
     drawn = [torch.from_numpy(draw_background(size_px, random, w)[0]) for w in where]
     compositor.backgrounds = torch.stack(drawn)
-    placements = [
-        Placement(
-            scale=random.uniform(0.55, 0.85),
-            x=random.uniform(-0.2, 0.2),
-            y=random.uniform(-0.2, 0.2),
-            angle=random.uniform(-0.12, 0.12),
-            flip=random.random() < 0.5,
-        )
-        for _ in concepts
-    ]
+    placements = [Placement.draw(random) for _ in concepts]
     index = list(range(len(concepts)))
     return compositor.render(index, index, placements)
 
@@ -128,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=tuple(concept_lists()["held_out"]))
     parser.add_argument("out", type=Path)
     parser.add_argument("--size-px", type=int, default=256)
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v1")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v2")
     args = parser.parse_args(argv)
     views = subject_views(args.name, args.work, args.size_px)
     write_views(views.train, args.out)
