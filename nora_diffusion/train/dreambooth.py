@@ -1,7 +1,8 @@
 """The DreamBooth recipe: from a few photos of a subject to an adapter that can draw it.
 
-Read from top to bottom: load, freeze, encode everything once, add the adapter, loop, save. After
-Ruiz et al. 2023 (arXiv 2208.12242); a class image is an item with a weight of its own.
+Read from top to bottom: prepare (``prepare.py``: load, encode everything once, add the adapter),
+loop, save. After Ruiz et al. 2023 (arXiv 2208.12242); a class image is an item with a weight of its
+own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import nn
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
 from nora_diffusion.data.dataset import class_prompt
 from nora_diffusion.data.images import read_photos
-from nora_diffusion.families import load_family
-from nora_diffusion.families.base import Framing, resolve_device, resolve_dtype
+from nora_diffusion.families.base import Framing, resolve_device
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -30,9 +30,9 @@ from nora_diffusion.train.checkpoint import (
     newest_path,
     save_checkpoint,
 )
-from nora_diffusion.train.inputs import encode_inputs
 from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
+from nora_diffusion.train.prepare import prepare
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 
@@ -70,52 +70,6 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         write_outcome(session)
         report.event("done", session.step, message=f"finished; everything is in {folder}")
     return folder
-
-
-def prepare(
-    cfg: DreamboothConfig, folder: Path, report: Report, checkpoint: Checkpoint | None = None
-) -> Session:
-    """Load the base, encode pictures and prompts, add the adapter, make the optimiser.
-
-    With a checkpoint the session goes on from there.
-    """
-    device = resolve_device(cfg.model.device)
-    dtype = resolve_dtype(cfg.model.dtype, device)
-    family = load_family(cfg.model.base, family=cfg.model.family, dtype=dtype, device=device)
-    parts = family.components
-    base_hash = common.weights_digest(parts.denoiser)
-    inputs = encode_inputs(cfg, family, report)
-    parts.free_image_encoder()
-    if not cfg.text_encoder.train:
-        parts.free_text_encoders()
-
-    fitted = checkpoint.tensors.get("outer") if checkpoint else None
-    adapters.add_adapters(cfg, family, inputs, fitted)
-    models = adapters.adapted_models(cfg, family)
-    if cfg.train.gradient_checkpointing:
-        adapters.checkpoint_gradients(models)
-    parameters = adapters.trained_parameters(models)
-    of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
-    of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
-    text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate
-    groups = [(of_denoiser, cfg.train.learning_rate), (of_text, text_lr)]
-    decay = cfg.train.ema_decay
-    report.say(
-        f"{parts.base} ({family.summary}, {str(dtype).removeprefix('torch.')} on {device}): "
-        f"{len(inputs.photos)} photos, {len(parameters) // 2} modules, "
-        f"{sum(p.numel() for p in parameters.values()):,} trained parameters"
-    )
-    session = Session(
-        cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
-        models=models, parameters=parameters,
-        optimizer=common.make_adamw(groups, cfg.train.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=None if decay is None else common.MovingAverage(parameters, decay),
-        guard=common.DivergenceGuard(),
-    )  # fmt: skip
-    if checkpoint is not None:
-        _restore(session, checkpoint)
-    return session
 
 
 def train(session: Session) -> None:
@@ -267,36 +221,6 @@ def _save_checkpoint(session: Session) -> None:
     used = {stem: named for stem, named in tensors.items() if named}
     path = save_checkpoint(session.run, session.step, state, used, keep)
     session.report.event("checkpoint", session.step, message=str(path.relative_to(session.run)))
-
-
-def _restore(session: Session, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's state into a fresh session.
-
-    Raises:
-        UserError: when photos or base are no longer those of the run.
-    """
-    cfg, state = session.cfg, checkpoint.state
-    for key, given, now in (
-        (f'data.subject = "{cfg.data.subject}"', "data", session.inputs.digest),
-        (f'model.base = "{cfg.model.base}"', "base_hash", session.base_hash),
-    ):
-        if state[given] != now:
-            raise UserError(
-                f"{key}: not what it was when {checkpoint.path} was written, so the run cannot be "
-                "continued; bring the old files back, or start a new run in another output.dir"
-            )
-    common.copy_into(session.parameters, checkpoint.tensors["trained"])
-    common.load_optimizer_tensors(
-        session.optimizer, session.parameters, checkpoint.tensors["optimizer"]
-    )
-    if session.ema is not None:
-        average = checkpoint.tensors["ema"]
-        for name, tensor in session.ema.average.items():
-            tensor.copy_(average[name])
-    if session.scaler.is_enabled():
-        session.scaler.load_state_dict(state["scaler"])
-    session.guard = common.DivergenceGuard(state["first_losses"])
-    session.step = checkpoint.step
 
 
 def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nora_diffusion.events import read_events
 from nora_diffusion.train import adapters, dreambooth
 from nora_diffusion.train.checkpoint import newest_checkpoint
 from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
+from nora_diffusion.train.prepare import prepare
 from nora_diffusion.train.report import Report
 from tests.tiny import base_bytes, predict
 from tests.train.conftest import counted_calls
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 def prepared(cfg, tmp_path) -> dreambooth.Session:
     report = Report(tmp_path, total_steps=cfg.train.steps, log_every=1)
-    return dreambooth.prepare(cfg, tmp_path, report)
+    return prepare(cfg, tmp_path, report)
 
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
@@ -329,7 +330,7 @@ def test_the_scale_of_the_loss_is_part_of_a_checkpoint(make_config, tmp_path):
     session.scaler.load_state_dict({**session.scaler.state_dict(), "scale": 128.0})
     dreambooth.train(session)
     saved = newest_checkpoint(tmp_path)
-    resumed = dreambooth.prepare(cfg, tmp_path, session.report, saved)
+    resumed = prepare(cfg, tmp_path, session.report, saved)
     assert resumed.scaler.state_dict() == session.scaler.state_dict()
     assert resumed.scaler.state_dict()["scale"] == 128.0
     assert resumed.step == 2

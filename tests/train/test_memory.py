@@ -7,6 +7,7 @@ from nora_diffusion.config import UserError, load_config
 from nora_diffusion.train import adapters, dreambooth
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
 from nora_diffusion.train.memory import check_memory, plan_memory
+from nora_diffusion.train.prepare import prepare
 from nora_diffusion.train.report import Report
 
 CONFIGURATIONS = {
@@ -47,7 +48,7 @@ def test_the_plan_is_within_15_percent_of_what_a_run_allocates(make_config, tmp_
     cfg = make_config(**sections)
     plan = plan_memory(cfg, pictures=3)
     report = Report(tmp_path, total_steps=1, log_every=1)
-    session = dreambooth.prepare(cfg, tmp_path, report)
+    session = prepare(cfg, tmp_path, report)
     for model in session.models.values():
         model.train()
 

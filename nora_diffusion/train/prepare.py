@@ -1,0 +1,92 @@
+"""All that comes before the first step: load, freeze, encode once, add the adapter, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.families import load_family
+from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.train import adapters, common
+from nora_diffusion.train.checkpoint import Checkpoint
+from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.report import Report
+from nora_diffusion.train.session import Session
+
+
+def prepare(
+    cfg: DreamboothConfig, folder: Path, report: Report, checkpoint: Checkpoint | None = None
+) -> Session:
+    """Load the base, encode pictures and prompts, add the adapter, make the optimiser.
+
+    With a checkpoint the session goes on from there.
+    """
+    device = resolve_device(cfg.model.device)
+    dtype = resolve_dtype(cfg.model.dtype, device)
+    family = load_family(cfg.model.base, family=cfg.model.family, dtype=dtype, device=device)
+    parts = family.components
+    base_hash = common.weights_digest(parts.denoiser)
+    inputs = encode_inputs(cfg, family, report)
+    parts.free_image_encoder()
+    if not cfg.text_encoder.train:
+        parts.free_text_encoders()
+
+    fitted = checkpoint.tensors.get("outer") if checkpoint else None
+    adapters.add_adapters(cfg, family, inputs, fitted)
+    models = adapters.adapted_models(cfg, family)
+    if cfg.train.gradient_checkpointing:
+        adapters.checkpoint_gradients(models)
+    parameters = adapters.trained_parameters(models)
+    of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
+    of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
+    text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate
+    groups = [(of_denoiser, cfg.train.learning_rate), (of_text, text_lr)]
+    decay = cfg.train.ema_decay
+    report.say(
+        f"{parts.base} ({family.summary}, {str(dtype).removeprefix('torch.')} on {device}): "
+        f"{len(inputs.photos)} photos, {len(parameters) // 2} modules, "
+        f"{sum(p.numel() for p in parameters.values()):,} trained parameters"
+    )
+    session = Session(
+        cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
+        models=models, parameters=parameters,
+        optimizer=common.make_adamw(groups, cfg.train.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=None if decay is None else common.MovingAverage(parameters, decay),
+        guard=common.DivergenceGuard(),
+    )  # fmt: skip
+    if checkpoint is not None:
+        _restore(session, checkpoint)
+    return session
+
+
+def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state into a fresh session.
+
+    Raises:
+        UserError: when photos or base are no longer those of the run.
+    """
+    cfg, state = session.cfg, checkpoint.state
+    for key, given, now in (
+        (f'data.subject = "{cfg.data.subject}"', "data", session.inputs.digest),
+        (f'model.base = "{cfg.model.base}"', "base_hash", session.base_hash),
+    ):
+        if state[given] != now:
+            raise UserError(
+                f"{key}: not what it was when {checkpoint.path} was written, so the run cannot be "
+                "continued; bring the old files back, or start a new run in another output.dir"
+            )
+    common.copy_into(session.parameters, checkpoint.tensors["trained"])
+    common.load_optimizer_tensors(
+        session.optimizer, session.parameters, checkpoint.tensors["optimizer"]
+    )
+    if session.ema is not None:
+        average = checkpoint.tensors["ema"]
+        for name, tensor in session.ema.average.items():
+            tensor.copy_(average[name])
+    if session.scaler.is_enabled():
+        session.scaler.load_state_dict(state["scaler"])
+    session.guard = common.DivergenceGuard(state["first_losses"])
+    session.step = checkpoint.step
