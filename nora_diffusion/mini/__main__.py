@@ -24,13 +24,14 @@ class Recipe:
     size_px: int
     concept_set: str
     autoencoder_samples: int
+    decoder_samples: int
     denoiser_samples: int
     batch_size: int
 
 
 PRESETS = {
-    "cpu": Recipe("mini-64-v2", 64, "few", 120_000, 320_000, 32),
-    "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 6_000_000, 512),
+    "cpu": Recipe("mini-64-v2", 64, "few", 120_000, 48_000, 320_000, 32),
+    "gpu": Recipe("mini-128-v1", 128, "full", 1_500_000, 500_000, 6_000_000, 512),
 }
 
 
@@ -81,11 +82,13 @@ def _train_and_export(
     """Trains what is missing; "export" takes the denoiser as far as it is."""
     from nora_diffusion.mini.autoencoder import train_autoencoder
     from nora_diffusion.mini.compose import Compositor, to_signed
+    from nora_diffusion.mini.decoder import train_decoder
     from nora_diffusion.mini.denoiser import train_denoiser
     from nora_diffusion.mini.export import build_pipeline, export, set_latent_scale
     from nora_diffusion.mini.sources import concepts
 
     autoencoder = train_autoencoder(work, recipe.size_px, recipe.autoencoder_samples, device)
+    autoencoder = train_decoder(work, autoencoder, recipe.size_px, recipe.decoder_samples, device)
     seen = concepts(work, recipe.concept_set)
     images, _, _ = Compositor(seen, recipe.size_px, backgrounds=300, seed=3).sample(512, seed=3)
     autoencoder.to(device)  # pyright: ignore[reportArgumentType]

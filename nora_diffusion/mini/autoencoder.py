@@ -19,14 +19,16 @@ LATENT_CHANNELS = 16
 CHUNK = 2048  # composites made at once; a resumed run starts at a chunk's beginning
 
 
-def build_autoencoder(width: int = 48) -> AutoencoderTiny:
+def build_autoencoder(
+    width: int = 48, decoder_blocks: tuple[int, ...] = (4, 3, 2, 0)
+) -> AutoencoderTiny:
     """Returns the untrained autoencoder: images (B, 3, H, W) <-> latents (B, 16, H/8, W/8)."""
     return AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(width,) * 4,
         decoder_block_out_channels=(width,) * 4,
         num_encoder_blocks=(0, 1, 3, 4),
-        num_decoder_blocks=(4, 3, 2, 0),
+        num_decoder_blocks=decoder_blocks,
     )
 
 

