@@ -35,7 +35,6 @@ test: lint
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python scripts/peft_suite.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

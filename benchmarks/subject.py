@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from nora_diffusion.evaluation.image_features import (
     to_pil,
 )
 from nora_diffusion.families import load_family
-from nora_diffusion.mini.__main__ import ASSETS, default_work_folder
+from nora_diffusion.mini.__main__ import ASSETS, PRESETS, default_work_folder
 from nora_diffusion.mini.gallery import WHERE, BackgroundProbe, Gallery
 from nora_diffusion.mini.score import contact_sheet
 from nora_diffusion.mini.subjects import SUBJECTS, Views, subject_views, write_views
@@ -45,6 +46,7 @@ from nora_diffusion.train.dreambooth import run
 ROOT = Path(__file__).parents[1]
 PROMPTS = (ROOT / "sample_data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
 SIZE_PX, PHOTO_PX, TRIGGER = 64, 256, "sks"
+GUIDANCE = float(tomllib.loads((ROOT / "configs" / "mini.toml").read_text())["sample"]["guidance"])
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="*", help="other held-out emoji, to choose settings on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config override")
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v2")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / PRESETS["cpu"].name)
     parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--name", default="subject", help="of the result file")
     args = parser.parse_args()
@@ -165,8 +167,8 @@ WHERE_OF = [p.split("{class_name} ")[1] for p in PROMPTS]
 
 
 def pictures(family, prompts: list[str], seed: int) -> list[Image.Image]:
-    """One picture a prompt, all from the same seed."""
-    return [row[0] for row in sample_prompts(family, prompts, [seed])]
+    """One picture a prompt, all from the same seed, with the guidance of mini's config."""
+    return [row[0] for row in sample_prompts(family, prompts, [seed], guidance=GUIDANCE)]
 
 
 def _tensor(images: list[Image.Image]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The wheel, built and installed outside the repository."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,21 +36,21 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", str(folder), str(wheel)], check=True)
-    return folder
+def command(wheel, tmp_path_factory) -> Path:
+    """``nora-dreambooth`` in an environment with the wheel and what it declares, and no more."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    subprocess.run([*pip, "--disable-pip-version-check", *constraints, str(wheel)], check=True)
+    return folder / "bin" / "nora-dreambooth"
 
 
-def run(installed: Path, cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """``nora-dreambooth`` of the installed wheel."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(installed)!r}); import nora_diffusion.cli as cli; "
-        f"assert cli.__file__.startswith({str(installed)!r}); sys.exit(cli.main_dreambooth())"
-    )
+def run(command: Path, cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, away from the checkout."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return subprocess.run(
-        [sys.executable, "-I", "-c", code, *argv], cwd=cwd, capture_output=True, text=True
+        [str(command), *argv], cwd=cwd, capture_output=True, text=True, env=environment
     )
 
 
@@ -67,9 +68,9 @@ def test_everything_a_user_needs_travels_and_nothing_else(wheel):
     assert tops - {f"nora_diffusion-{__version__}.dist-info", "webui"} == {"nora_diffusion"}
 
 
-def test_the_installed_command_knows_the_shipped_configs(installed, tmp_path):
+def test_the_installed_command_knows_the_shipped_configs(command, tmp_path):
     photos = ROOT / "sample_data" / "subject"
-    done = run(installed, tmp_path, "mini", "--data.subject", str(photos), "--dry-run")
+    done = run(command, tmp_path, "mini", "--data.subject", str(photos), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert tomllib.loads(done.stdout)["model"]["base"] == "mini"
 
@@ -77,9 +78,9 @@ def test_the_installed_command_knows_the_shipped_configs(installed, tmp_path):
 @pytest.mark.skipif(
     not (ROOT / "nora_diffusion/assets/mini").is_dir(), reason="the checkout has no mini weights"
 )
-def test_the_installed_command_trains_mini(installed, tmp_path):
+def test_the_installed_command_trains_mini(command, tmp_path):
     photos = ROOT / "sample_data" / "subject"
     brief = ["--train.steps", "2", "--sample.n", "1", "--sample.steps", "2"]
-    done = run(installed, tmp_path, "mini", "--data.subject", str(photos), *brief)
+    done = run(command, tmp_path, "mini", "--data.subject", str(photos), *brief)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "mini" / "adapter.safetensors").is_file()

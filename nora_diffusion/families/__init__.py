@@ -136,7 +136,7 @@ def locate(base: Any) -> str | Path:
 
 
 def built_in_version(base: str) -> dict[str, str]:
-    """Name and hash of a built-in base as released (``mini-64-v2``); empty for other bases."""
+    """Name and hash of a built-in base as released (``mini-64-v3``); empty for other bases."""
     path = ASSETS / base / f"{base}.json"
     if not re.fullmatch(r"[\w-]+", base) or not path.is_file():
         return {}

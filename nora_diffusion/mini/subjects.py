@@ -113,13 +113,13 @@ def write_views(images: torch.Tensor, folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes training and held-out views of one subject."""
-    from nora_diffusion.mini.__main__ import default_work_folder
+    from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 
     parser = argparse.ArgumentParser(prog="python -m nora_diffusion.mini.subjects")
     parser.add_argument("name", choices=tuple(concept_lists()["held_out"]))
     parser.add_argument("out", type=Path)
     parser.add_argument("--size-px", type=int, default=256)
-    parser.add_argument("--work", type=Path, default=default_work_folder() / "mini-64-v2")
+    parser.add_argument("--work", type=Path, default=default_work_folder() / PRESETS["cpu"].name)
     args = parser.parse_args(argv)
     views = subject_views(args.name, args.work, args.size_px)
     write_views(views.train, args.out)
