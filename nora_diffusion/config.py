@@ -21,7 +21,14 @@ from nora_diffusion.settings import (
 )
 from nora_diffusion.subjects import Subject, SubjectFolder, find_problems, settle_subjects
 
-__all__ = ["ConfigError", "DreamboothConfig", "UserError", "load_config", "load_run"]
+__all__ = [
+    "ConfigError",
+    "DreamboothConfig",
+    "SubjectFolder",
+    "UserError",
+    "load_config",
+    "load_run",
+]
 
 RUN_CONFIG = "config.toml"
 """Name of the resolved config inside a run folder."""
@@ -125,8 +132,8 @@ class Data(Section):
 
     subject: str | None = setting(
         None,
-        "Folder with 1 to 20 photos of the subject (or give data.subjects); on resume only another "
-        "place of the same ones.",
+        "Folder with 1 to 20 photos of the subject, unless data.subjects is given; on resume only "
+        "another place of the same ones.",
         required=True,
         min_length=1,
         resume=True,
