@@ -148,9 +148,8 @@ class Data(Section):
     subjects: tuple[Subject, ...] = setting(
         (),
         "Several subjects in one run, instead of data.subject; what one leaves out is taken from "
-        "data. On resume only other places of the same photos.",
+        "data. On resume only their paths may change.",
         allowed="a list of tables { path, trigger, class_name, repeats, class_images }",
-        resume=True,
         strict=False,
     )
     repeats: int = setting(
@@ -423,4 +422,8 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothCon
 
 def _differs(name: str, before: DreamboothConfig, after: DreamboothConfig) -> bool:
     old, new = get_key(before, name), get_key(after, name)
-    return Path(old).resolve() != Path(new).resolve() if name == "output.dir" else old != new
+    if name == "output.dir":
+        return Path(old).resolve() != Path(new).resolve()
+    if name == "data.subjects":  # photos may be in another place
+        old, new = ([one.model_dump(exclude={"path"}) for one in each] for each in (old, new))
+    return old != new

@@ -225,7 +225,8 @@ def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:
         for key in list_keys(DreamboothConfig)
         if not key.resume and key.name != "output.dir"
     }
-    return json.loads(json.dumps(fixed, default=lambda section: section.model_dump()))
+    # Of subjects all but their places, as of data.subject.
+    return json.loads(json.dumps(fixed, default=lambda one: one.model_dump(exclude={"path"})))
 
 
 def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:

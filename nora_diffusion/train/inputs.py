@@ -160,7 +160,7 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         class_conditioning=_encode_prompts(family, class_prompts),
         scenes=_encode_prompts(family, scene_prompts(cfg)),
         negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
-        digest=_digest(items, repeats, masks),
+        digest=_digest(items, masks),
         dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
     )
 
@@ -203,10 +203,8 @@ def _weigh_places(
     return weights
 
 
-def _digest(items: Sequence[Item], repeats: Sequence[int], masks: Sequence[Tensor] | None) -> str:
+def _digest(items: Sequence[Item], masks: Sequence[Tensor] | None) -> str:
     described: list[object] = [(item.image_id, item.prompt, item.weight) for item in items]
-    if any(times != 1 for times in repeats):
-        described.append(list(repeats))
     if masks is not None:
         described += [hashlib.sha256(mask.numpy().tobytes()).hexdigest() for mask in masks]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()

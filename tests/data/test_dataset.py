@@ -220,10 +220,8 @@ def test_repeats_show_a_photo_more_often_with_views_of_its_own():
     dataset = Dataset(views(fake_photos(3), flip=True), repeats=[1, 3, 2])
     shown = Counter(dataset.items[i].photo.digest for i in dataset.epoch(4))
     assert shown == {"p0": 1, "p1": 3, "p2": 2} and dataset.epoch_length == 6
-    flips = {
-        dataset.items[i].flip for i in dataset.epoch(4) if dataset.items[i].photo.digest == "p1"
-    }
-    assert flips == {True, False}
+    items = [dataset.items[i] for i in dataset.epoch(4)]
+    assert {item.flip for item in items if item.photo.digest == "p1"} == {True, False}
     assert Dataset(views(fake_photos(3)), repeats=[1, 1, 1]).epoch(7) == (
         Dataset(views(fake_photos(3))).epoch(7)
     )
