@@ -188,14 +188,14 @@ def test_a_resume_notices_other_words_or_photos_of_any_subject_but_not_another_p
     for change in ("trigger=abc", "repeats=3"):
         with pytest.raises(UserError, match=r"data.subjects = .*: this run was started with"):
             load_run(run, [f"data.subjects[1].{change}"])
-    other = make_config(data=two(dog, cat, repeats=2), train={"steps": 1, "batch_size": 1})
-    with pytest.raises(UserError, match="data.repeats = 2, was 1"):
-        dreambooth.run(other, resume=True)
     moved = cat.rename(tmp_path / "moved")
     dreambooth.run(load_run(run, [f"data.subjects[1].path={moved}"]), resume=True)
     photo(moved / "new.png", (16, 16), 20)
     with pytest.raises(UserError, match=r"^data.subjects \(.*moved.*not what it was"):
         dreambooth.run(load_run(run), resume=True)
+    other = make_config(data=two(dog, moved, repeats=2), train={"steps": 1, "batch_size": 1})
+    with pytest.raises(UserError, match="data.repeats = 2, was 1"):
+        dreambooth.run(other, resume=True)
 
 
 # ---- masks and dropout ----------------------------------------------------------------------
