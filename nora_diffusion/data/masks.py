@@ -32,7 +32,7 @@ def mask_owner(path: Path, stems: Collection[str]) -> str | None:
 
 
 def find_masks(folder: Path, files: Iterable[Path]) -> Mapping[Path, str]:
-    """Mask files of a folder and the stems of the photos they belong to; beside goes before apart.
+    """Mask files of a folder and the stems of the photos they belong to, best name last.
 
     Args:
         folder: with the photos.
@@ -42,7 +42,8 @@ def find_masks(folder: Path, files: Iterable[Path]) -> Mapping[Path, str]:
     stems = {path.stem for path in files}
     apart = sorted((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
     found = {path: path.stem for path in apart if path.is_file() and path.stem in stems}
-    beside = {path: owner for path in files if (owner := mask_owner(path, stems))}
+    best_last = sorted(files, key=lambda path: path.stem.endswith(ENDINGS[0]))
+    beside = {path: owner for path in best_last if (owner := mask_owner(path, stems))}
     return {**found, **beside}
 
 

@@ -42,6 +42,14 @@ def test_masks_are_found_under_every_usual_name_and_are_no_photos(folder, name):
     assert mask.getpixel((5, 5)) < 10 and mask.getpixel((60, 5)) > 245
 
 
+def test_of_several_masks_the_first_of_the_list_counts(folder):
+    (folder / "masks").mkdir()
+    for name in ("masks/a.png", "a_mask.png", "a-masklabel.png"):
+        right_half(64, 32).save(folder / name)
+        (photo,), skipped = read_photos(folder)
+        assert photo.mask == folder / name and skipped == []
+
+
 def test_a_photo_that_is_only_called_so_is_a_photo(folder):
     Image.new("RGB", (8, 8)).save(folder / "wolf-mask.png")
     names = [photo.path.name for photo in read_photos(folder)[0]]
