@@ -236,6 +236,7 @@ class Dataset:
             raise ValueError("a dataset needs at least one subject photo, each with a view")
         self.items = tuple(item for views in subject for item in views) + tuple(prior)
         self.seed = seed
+        self._one_size = len({item.bucket for item in self.items}) == 1
         self._views = [len(views) for views in subject]
         self._slots = np.repeat(np.arange(len(subject)), repeats or [1] * len(subject))
         self._classes = [views[0].class_name for views in subject]
@@ -280,7 +281,7 @@ class Dataset:
 
         The first call for a late batch walks there from the start; that takes microseconds a batch.
         """
-        if len({item.bucket for item in self.items}) == 1:
+        if self._one_size:
             return self.batch(number * size, size)
         laying, laid = self._laid.setdefault(size, (self._lay(size), []))
         while len(laid) <= number:

@@ -18,6 +18,7 @@ from nora_diffusion.train.common import TrainingInterrupted
 from nora_diffusion.train.inputs import framing
 from nora_diffusion.train.memory import plan_memory
 from nora_diffusion.train.photos import scene_prompts
+from tests.tiny import tiny_pipeline
 from tests.train.conftest import counted_calls
 from tests.train.test_dreambooth import assert_same, interrupt, prepared, trained
 
@@ -100,6 +101,25 @@ def test_framing_tells_what_was_cut_of_a_bucket(make_config, dog, tmp_path):
         assert framing(item, 16) == Framing((40, 30), (0, round(left)), (20, 12))
     whole = next(item for item in items if item.photo.path.name == "0.png")
     assert framing(whole, 16) == Framing((12, 20), (0, 0), (12, 20))
+
+
+def test_sdxl_is_told_of_each_photo_of_a_batch(make_config, dog, tmp_path):
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "sdxl")
+    photo(dog / "4.png", (44, 24), 6)  # at half size a column is cut off on either side
+    data = {"subject": str(dog), "buckets": True}
+    cfg = make_config(model={"base": str(tmp_path / "sdxl"), "device": "cpu"}, data=data)
+    session = prepared(cfg, tmp_path)
+    inputs, told = session.inputs, set()
+    for number in range(9):
+        batch = inputs.batch(number, 3)
+        given = session.family.frame(inputs.conditioning.select(batch.prompt_rows), batch.framings)
+        told |= {tuple(row) for row in given.extra["time_ids"].int().tolist()}
+        height, width = (2 * side for side in batch.latents.shape[-2:])
+        assert {row[4:] for row in map(tuple, given.extra["time_ids"].tolist())} == {
+            (height, width)
+        }
+    assert {(12, 20, 0, 0, 12, 20), (24, 44, 0, 1, 12, 20), (16, 16, 0, 0, 16, 16)} <= told
+    assert dreambooth.accumulate_gradients(session, 0) > 0
 
 
 def test_the_memory_plan_is_for_the_largest_bucket(make_config, dog, tmp_path):
