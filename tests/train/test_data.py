@@ -105,8 +105,8 @@ def test_framing_tells_what_was_cut_of_a_bucket(make_config, dog, tmp_path):
 
 def test_sdxl_is_told_of_each_photo_of_a_batch(make_config, dog, tmp_path):
     tiny_pipeline("sdxl").save_pretrained(tmp_path / "sdxl")
-    photo(dog / "4.png", (44, 24), 6)  # at half size a column is cut off on either side
-    data = {"subject": str(dog), "buckets": True}
+    photo(dog / "4.png", (44, 24), 6)  # two columns are cut off on either side
+    data = {"subject": str(dog), "buckets": True, "resolution_px": 32}
     cfg = make_config(model={"base": str(tmp_path / "sdxl"), "device": "cpu"}, data=data)
     session = prepared(cfg, tmp_path)
     inputs, told = session.inputs, set()
@@ -118,7 +118,7 @@ def test_sdxl_is_told_of_each_photo_of_a_batch(make_config, dog, tmp_path):
         assert {row[4:] for row in map(tuple, given.extra["time_ids"].tolist())} == {
             (height, width)
         }
-    assert {(12, 20, 0, 0, 12, 20), (24, 44, 0, 1, 12, 20), (16, 16, 0, 0, 16, 16)} <= told
+    assert {(12, 20, 0, 0, 24, 40), (24, 44, 0, 2, 24, 40), (16, 16, 0, 0, 32, 32)} <= told
     assert dreambooth.accumulate_gradients(session, 0) > 0
 
 
