@@ -60,8 +60,8 @@ def _looks_differ(a: Photo, b: Photo) -> int:
 
 
 def _told(photo: Photo, target: Size) -> str:
-    (width, height), cut, factor = photo.size, cut_share(photo.size, target), 0.0
-    factor = enlargement(photo.size, target)
+    width, height = photo.size
+    cut, factor = cut_share(photo.size, target), enlargement(photo.size, target)
     told = [f"{cut:.0%} cut off"] if cut > WORTH_SAYING else []
     if factor > 1 + WORTH_SAYING:
         told.append(f"enlarged {factor:.1f} times (it has {width} x {height} px)")

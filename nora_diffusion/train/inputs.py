@@ -229,8 +229,10 @@ def framing(item: Item, resolution_px: int) -> Framing:
 
 def _subject_of_each_class(cfg: DreamboothConfig) -> list[SubjectFolder]:
     """For each class, and each folder of its pictures, the first subject of it."""
-    found = {(one.class_name, one.class_images): one for one in reversed(cfg.data.each())}
-    return list(found.values())[::-1]
+    first: dict[tuple[str, str | None], SubjectFolder] = {}
+    for one in cfg.data.each():
+        first.setdefault((one.class_name, one.class_images), one)
+    return list(first.values())
 
 
 def class_photos(

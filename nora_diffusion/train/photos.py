@@ -103,9 +103,10 @@ def count_pictures(cfg: DreamboothConfig, found: Sequence[Found]) -> int:
 
 def distinct_subjects(cfg: DreamboothConfig) -> list[SubjectFolder]:
     """The subjects, each once: several folders may be of the same one."""
-    return list({(one.trigger, one.class_name): one for one in reversed(cfg.data.each())}.values())[
-        ::-1
-    ]
+    first: dict[tuple[str, str], SubjectFolder] = {}
+    for one in cfg.data.each():
+        first.setdefault((one.trigger, one.class_name), one)
+    return list(first.values())
 
 
 def scene_prompts(cfg: DreamboothConfig) -> list[str]:
