@@ -186,25 +186,30 @@ def _refuse_used_folder(folder: Path, resume: bool) -> None:
 
 def _dry_run(config: DreamboothConfig) -> int:
     """Print the config as TOML, and as comments what the run would find."""
-    from nora_diffusion.data.images import describe_skipped, read_photos
+    from nora_diffusion.train import photos
 
     print(to_toml(config))
-    photos, skipped = read_photos(config.data.subject)
-    summary = f"{len(photos)} photos in {config.data.subject}"
-    if skipped:
-        summary += f"; {len(skipped)} other files skipped:\n{describe_skipped(skipped)}"
-    print("\n".join(f"# {line}" for line in summary.splitlines()))
-    print("\n".join(f"# {line}" for line in _memory_lines(config, len(photos))))
+    found = photos.read_subjects(config)
+    sizes, memory = _of_base(config, found)
+    told = photos.report_lines(config, found, sizes)
+    lines = [line for text in (*told, *memory) for line in text.splitlines()]
+    print("\n".join(f"# {line}" for line in lines))
     return 0
 
 
-def _memory_lines(config: DreamboothConfig, photos: int) -> list[str]:
-    from nora_diffusion.train.memory import plan_memory
+def _of_base(
+    config: DreamboothConfig, found: Sequence[Any]
+) -> tuple[tuple[int, int] | None, list[str]]:
+    """Resolution and multiple of the base, and the memory a run will need."""
+    from nora_diffusion.train.memory import picture_sizes, plan_memory
+    from nora_diffusion.train.photos import all_photos, count_pictures
 
+    photos = [photo.size for photo in all_photos(found)]
     try:
-        return plan_memory(config, photos).lines()
+        sizes = picture_sizes(config)
+        return sizes, plan_memory(config, count_pictures(config, found), photos).lines()
     except UserError as error:  # configs that cannot be had now may be there at the run
-        return [f"predicted memory: unknown, because of {error}"]
+        return None, [f"predicted memory: unknown, because of {error}"]
 
 
 def _how_to_resume(config: DreamboothConfig) -> str:

@@ -19,8 +19,16 @@ from nora_diffusion.settings import (
     to_toml,
     validate,
 )
+from nora_diffusion.subjects import Subject, SubjectFolder, find_problems, settle_subjects
 
-__all__ = ["ConfigError", "DreamboothConfig", "UserError", "load_config", "load_run"]
+__all__ = [
+    "ConfigError",
+    "DreamboothConfig",
+    "SubjectFolder",
+    "UserError",
+    "load_config",
+    "load_run",
+]
 
 RUN_CONFIG = "config.toml"
 """Name of the resolved config inside a run folder."""
@@ -122,16 +130,31 @@ class TextEncoder(Section):
 class Data(Section):
     """The photos and the words for them."""
 
-    subject: str = setting(
-        ...,
-        "Folder with 1 to 20 photos of the subject; on resume only another place of the same ones.",
+    subject: str | None = setting(
+        None,
+        "Folder with 1 to 20 photos of the subject, unless data.subjects is given; on resume only "
+        "another place of the same ones.",
+        required=True,
         min_length=1,
         resume=True,
     )
-    class_name: str = setting(
-        ..., 'Common noun for the subject, such as "dog" or "toy".', min_length=1
+    class_name: str | None = setting(
+        None,
+        'Common noun for the subject, such as "dog" or "toy".',
+        required=True,
+        min_length=1,
     )
     trigger: str = setting("sks", "Word that will stand for the subject in prompts.", min_length=1)
+    subjects: tuple[Subject, ...] = setting(
+        (),
+        "Several subjects in one run, instead of data.subject; what one leaves out is taken from "
+        "data. On resume only their paths may change.",
+        allowed="a list of tables { path, trigger, class_name, repeats, class_images }",
+        strict=False,
+    )
+    repeats: int = setting(
+        1, "Times an epoch shows each photo: more for a folder with fewer of them.", ge=1
+    )
     resolution_px: int | None = setting(
         None,
         "Side of the training images; none: the base model's own.",
@@ -140,11 +163,39 @@ class Data(Section):
         le=4096,
         multiple_of=8,
     )
+    buckets: bool = setting(
+        False, "Keep the photos' proportions at about the same area, instead of cutting squares."
+    )
     captions: bool = setting(
-        True, "Use NAME.txt beside a photo as its prompt; {trigger} and {class_name} are filled in."
+        True,
+        "Use a photo's caption (NAME.txt, NAME.json, metadata.jsonl, ...) as its prompt; {trigger} "
+        "and {class_name} are filled in.",
+    )
+    caption_dropout: float = setting(
+        0.0, "Share of the photos shown with the empty prompt.", ge=0, le=1
+    )
+    trigger_dropout: float = setting(
+        0.0, "Share of the photos shown without the trigger in their prompt.", ge=0, le=1
+    )
+    masks: bool = setting(
+        False,
+        "Weigh the loss by what is white in a photo's mask (NAME-masklabel.png, masks/NAME.png, "
+        "else its transparency).",
+    )
+    mask_background: float = setting(
+        0.1, "Weight of what a mask leaves out, under data.masks.", ge=0, le=1
     )
     flip: bool = setting(False, "Also train on mirrored photos.")
-    crop: Literal["center", "random"] = setting("center", "Which square of a photo is kept.")
+    crop: Literal["center", "random"] = setting(
+        "center", "Where a photo that is too long is cut off."
+    )
+    color_jitter: float = setting(
+        0.0,
+        "Also train on variants whose brightness, contrast and saturation differ by up to this "
+        "share.",
+        ge=0,
+        le=0.5,
+    )
     class_images: str | None = setting(
         None,
         'Folder of class images for train.prior = "class_images"; images that are missing are '
@@ -152,6 +203,22 @@ class Data(Section):
         min_length=1,
     )
     cache: bool = setting(True, "Keep encoded images on disk for the next run.", resume=True)
+
+    @model_validator(mode="after")
+    def _subjects_are_whole(self) -> Self:
+        missing = {
+            name: f"data.{name}: missing; give it as --data.{name} "
+            f"({(type(self).model_fields[name].description or '').rstrip('.')})"
+            for name in ("subject", "class_name")
+        }
+        problems = find_problems(self, missing)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def each(self) -> tuple[SubjectFolder, ...]:
+        """The subjects, with everything settled; one where ``data.subject`` is given."""
+        return settle_subjects(self)
 
 
 class Train(Section):
@@ -355,4 +422,8 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothCon
 
 def _differs(name: str, before: DreamboothConfig, after: DreamboothConfig) -> bool:
     old, new = get_key(before, name), get_key(after, name)
-    return Path(old).resolve() != Path(new).resolve() if name == "output.dir" else old != new
+    if name == "output.dir":
+        return Path(old).resolve() != Path(new).resolve()
+    if name == "data.subjects":  # photos may be in another place
+        old, new = ([one.model_dump(exclude={"path"}) for one in each] for each in (old, new))
+    return old != new

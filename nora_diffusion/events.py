@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Literal, TypedDict, cast, get_args
 
-EventName = Literal["start", "step", "sample", "checkpoint", "done", "stopped", "error"]
+EventName = Literal["start", "step", "sample", "checkpoint", "done", "stopped", "error", "data"]
 
 
 class Event(TypedDict):

@@ -35,6 +35,7 @@ def setting(
     unit: str | None = None,
     resume: bool = False,
     allowed: str | None = None,
+    required: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one key of a section.
@@ -45,9 +46,13 @@ def setting(
         unit: unit of a number.
         resume: whether the key may change when a run is resumed.
         allowed: what is allowed, where the type and ``limits`` do not say it well.
+        required: whether to present it as required though it has a default, because a check of the
+            whole section asks for it.
         limits: pydantic's ``ge gt le lt multiple_of min_length strict``.
     """
-    extra: dict[str, Any] = {"unit": unit, "resume": resume, "allowed": allowed}
+    extra: dict[str, Any] = {
+        "unit": unit, "resume": resume, "allowed": allowed, "required": required,
+    }  # fmt: skip
     return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
@@ -89,10 +94,10 @@ def list_keys(schema: type[BaseModel]) -> tuple[Key, ...]:
                     name=f"{section_name}.{name}",
                     section=section,
                     field=field,
-                    required=field.is_required(),
+                    required=field.is_required() or extra["required"],
                     default=None if field.default is PydanticUndefined else field.default,
                     help=field.description or "",
-                    allowed=extra["allowed"] or _allowed(field),
+                    allowed=allowed_values(field),
                     unit=extra["unit"],
                     resume=extra["resume"],
                 )
@@ -126,8 +131,22 @@ def element_type(field: FieldInfo) -> Any | None:
     return None
 
 
-def _allowed(field: FieldInfo) -> str:
+def entry_section(field: FieldInfo) -> type[Section] | None:
+    """The section that each entry of a list of tables is, or None where the field is no such list.
+
+    In TOML: ``[[section.key]]``.
+    """
+    element = element_type(field)
+    return element if isinstance(element, type) and issubclass(element, Section) else None
+
+
+def allowed_values(field: FieldInfo) -> str:
     """The values a field takes, in words."""
+    told = cast(dict[str, Any], field.json_schema_extra)["allowed"]
+    return told or _allowed(field)
+
+
+def _allowed(field: FieldInfo) -> str:
     limits = [
         f"{sign} {getattr(limit, name)}"
         for kind, name, sign in (

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,17 @@ from typing import Any, Literal, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from nora_diffusion.schema import Key, element_type, list_keys, nullable
+from nora_diffusion.schema import (
+    Section,
+    allowed_values,
+    element_type,
+    entry_section,
+    list_keys,
+    nullable,
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -70,7 +79,8 @@ def apply_overrides(
     Args:
         schema: the model the values are for.
         values: sections of keys, as read from TOML; left as it is.
-        overrides: ``"--section.key", "value"`` or ``"--section.key=value"``, dashes optional.
+        overrides: ``"--section.key", "value"`` or ``"--section.key=value"``, dashes optional; in a
+            list of tables also ``"--section.key[0].name=value"``, counted from 0.
 
     Returns:
         The new values, and the problems that ``validate`` cannot see.
@@ -82,6 +92,11 @@ def apply_overrides(
     }
     given, problems = _pair(overrides)
     for name, texts in given.items():
+        entry = _ENTRY.fullmatch(name)
+        if entry and entry["key"] in keys and entry_section(keys[entry["key"]].field):
+            problem = _override_entry(keys[entry["key"]].field, merged, entry, texts)
+            problems += [problem] if problem else []
+            continue
         if name not in keys:
             shown = "" if texts[-1] is None else f" = {quote(texts[-1])}"
             problems.append(f"{name}{shown}: {_unknown(schema, name)}")
@@ -92,8 +107,32 @@ def apply_overrides(
         section_name, key = name.split(".")
         section = merged.setdefault(section_name, {})
         if isinstance(section, dict):  # else validate says what is wrong with the section
-            section[key] = _convert(keys[name], cast(list[str], texts))
+            section[key] = _convert(keys[name].field, cast(list[str], texts))
     return merged, problems
+
+
+_ENTRY = re.compile(r"(?P<key>\w+\.\w+)\[(?P<index>\d+)\]\.(?P<name>\w+)")
+
+
+def _override_entry(
+    field: FieldInfo, merged: dict[str, Any], entry: re.Match[str], texts: list[str | None]
+) -> str | None:
+    """Set one value in one table of a list; returns what is wrong, or None."""
+    section_name, key = entry["key"].split(".")
+    given: Any = cast(dict[str, Any], merged.get(section_name, {})).get(key)
+    tables = cast(list[Any], given) if isinstance(given, list) else []
+    index, name = int(entry["index"]), entry["name"]
+    if index >= len(tables) or not isinstance(tables[index], dict):
+        return f"{entry[0]}: there are {len(tables)} entries in {entry['key']}, counted from 0"
+    fields = cast(type[Section], entry_section(field)).model_fields
+    if None in texts:
+        return f"{entry[0]}: needs a value; write --{entry[0]} value"
+    if name not in fields:
+        return f"{entry[0]}: {_unknown_in_entry(fields, name)}"
+    value = _convert(fields[name], cast(list[str], texts))
+    tables = [{**t, name: value} if i == index else t for i, t in enumerate(tables)]
+    merged[section_name][key] = tables
+    return None
 
 
 def validate(
@@ -117,6 +156,7 @@ def validate(
     except ValidationError as error:
         allowed = {key.name: key.allowed for key in list_keys(schema)}
         lines = [_explain(schema, details, values, allowed) for details in error.errors()]
+        lines = [line for text in lines for line in text.split("\n")]  # a check may find several
         found.extend(dict.fromkeys(lines))  # a list or union reports one key several times
     if config is None or found:
         raise ConfigError(found, source)
@@ -140,24 +180,31 @@ def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str | None]], list[s
     return given, problems
 
 
-def _convert(key: Key, texts: Sequence[str]) -> Any:
-    """Texts from the command line as the key's type; what does not convert stays text."""
+def _convert(field: FieldInfo, texts: Sequence[str]) -> Any:
+    """Texts from the command line as a field's type; what does not convert stays text."""
     text = texts[-1]
-    if text == "none" and nullable(key.field):
+    if text == "none" and nullable(field):
         return None
-    element = element_type(key.field)
+    element = element_type(field)
+    if entry_section(field) is not None and not text.startswith("["):
+        return [_inline(text) for text in texts]
     if text.startswith("{") or (element is not None and text.startswith("[")):
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            return text
+        return _inline(text)
     if element is not None:
         if typing.get_origin(element) is Literal:  # choices hold no commas
             return [part.strip() for given in texts for part in given.split(",")]
         return list(texts)
     try:
-        return TypeAdapter(cast(Any, key.field.annotation)).validate_strings(text)
+        return TypeAdapter(cast(Any, field.annotation)).validate_strings(text)
     except ValidationError:
+        return text
+
+
+def _inline(text: str) -> Any:
+    """A table or array as TOML writes it in one line; what is none stays text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         return text
 
 
@@ -168,6 +215,9 @@ def _explain(
     allowed: Mapping[str, str],
 ) -> str:
     """One pydantic error in the user's terms."""
+    in_entry = _explain_entry(schema, details, values)
+    if in_entry is not None:
+        return in_entry
     location = [str(part) for part in details["loc"]]
     name = ".".join(location[:2])
     given: Any = values
@@ -189,6 +239,35 @@ def _explain(
     if len(location) == 1:
         return f"{name} = {quote(given)}: must be a section of keys, [{name}]"
     return f"{name} = {quote(given)}: must be {allowed[name]}"
+
+
+def _explain_entry(
+    schema: type[BaseModel], details: ErrorDetails, values: Mapping[str, Any]
+) -> str | None:
+    """The same for an error inside a list of tables; None for any other."""
+    location = details["loc"]
+    key = ".".join(str(part) for part in location[:2])
+    field = next((known.field for known in list_keys(schema) if known.name == key), None)
+    section = None if field is None else entry_section(field)
+    if section is None or len(location) < 4:
+        return None
+    given: Any = values
+    for part in location[:4]:
+        inside = given.get(part) if isinstance(given, dict) else given[part]  # pyright: ignore
+        given = cast(Any, inside)
+    name, option = f"{key}[{location[2]}].{location[3]}", str(location[3])
+    if details["type"] == "extra_forbidden":
+        return f"{name} = {quote(given)}: {_unknown_in_entry(section.model_fields, option)}"
+    known = section.model_fields[option]
+    if details["type"] == "missing":
+        return f"{name}: missing ({(known.description or '').rstrip('.')})"
+    return f"{name} = {quote(given)}: must be {allowed_values(known)}"
+
+
+def _unknown_in_entry(fields: Mapping[str, FieldInfo], name: str) -> str:
+    near = difflib.get_close_matches(name, fields, n=1)
+    cure = f"did you mean {near[0]}?" if near else f"the keys there: {', '.join(fields)}"
+    return f"unknown; {cure}"
 
 
 def _unknown(schema: type[BaseModel], name: str) -> str:
@@ -217,6 +296,8 @@ def _spelled(value: Any) -> Any:
     """A value in TOML's types: None spelled out, tuples as lists."""
     if value is None:
         return "none"
+    if isinstance(value, BaseModel):
+        return _spelled(value.model_dump())
     if isinstance(value, Mapping):
         return {str(k): _spelled(v) for k, v in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):

@@ -19,8 +19,10 @@ Written by `python scripts/config_reference.py` from the schema in `nora_diffusi
 before the file, the file before the defaults below. Paths are relative to the folder the command is
 run in.
 
-- `--dry-run` prints every setting as it would be used, and what is in the photo folder.
+- `--dry-run` prints every setting as it would be used, and what is in the photo folder
+  ([data.md](data.md)).
 - A list is given by repeating its flag, or as a TOML array: `--sample.prompts '["one", "two"]'`.
+- A value in a list of tables is `--data.subjects[0].repeats 3`, counted from 0.
 - `none` unsets a setting that allows it; in a file it is the text `"none"`.
 - `--resume DIR` takes the settings from `DIR/config.toml`, so `CONFIG` can be left out. Only the
   settings marked *yes* under "resume" may then be changed: the others would contradict the steps

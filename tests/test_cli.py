@@ -164,7 +164,7 @@ def test_programming_errors_are_not_passed_off_as_the_users(settings, monkeypatc
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("nora_diffusion.data.images.read_photos", broken)
+    monkeypatch.setattr("nora_diffusion.train.photos.read_photos", broken)
     with pytest.raises(ZeroDivisionError):
         main_dreambooth(["mini", *settings, "--dry-run"])
 

@@ -305,3 +305,96 @@ def test_reference_page_is_up_to_date():
     assert script.PAGE.read_text(encoding="utf-8") == text, (
         "run: python scripts/config_reference.py"
     )
+
+
+# ---- several subjects -----------------------------------------------------------------------
+
+SUBJECTS = """
+[[data.subjects]]
+path = "a"
+trigger = "sks"
+class_name = "dog"
+[[data.subjects]]
+path = "b"
+repeats = 3
+"""
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Write a TOML file with subjects, and keys of [data] before them."""
+
+    def write(text: str = SUBJECTS, data: str = 'class_name = "cat"') -> Path:
+        path = tmp_path / "several.toml"
+        path.write_text(f"[data]\n{data}\n{text}")
+        return path
+
+    return write
+
+
+def test_subjects_take_what_they_leave_out_from_data(several):
+    config = load_config(several(data='class_name = "cat"\ntrigger = "zyx"'))
+    named = [(s.key, s.path, s.trigger, s.class_name, s.repeats) for s in config.data.each()]
+    assert named == [
+        ("data.subjects[0].path", "a", "sks", "dog", 1),
+        ("data.subjects[1].path", "b", "zyx", "cat", 3),
+    ]
+    assert validate(DreamboothConfig, tomllib.loads(to_toml(config)), "test") == config
+
+
+def test_data_subject_is_the_one_subject_form(toml):
+    (one,) = load_config(toml("data.repeats = 2")).data.each()
+    assert (one.key, one.path, one.trigger, one.class_name) == (
+        "data.subject",
+        "photos",
+        "sks",
+        "dog",
+    )
+    assert (one.repeats, one.class_images) == (2, None)
+
+
+def test_subjects_on_the_command_line(several, toml):
+    overrides = ["--data.subjects[1].repeats=5", "--data.subjects[0].trigger", "abc"]
+    config = load_config(several(), overrides)
+    assert [(s.trigger, s.repeats) for s in config.data.each()] == [("abc", 1), ("sks", 5)]
+    tables = ["--data.subjects", '{path = "x", trigger = "u"}', "--data.subjects", '{path = "y"}']
+    config = load_config(toml(), ["--data.subject=none", *tables])
+    assert [(s.path, s.trigger) for s in config.data.each()] == [("x", "u"), ("y", "sks")]
+    config = load_config(toml(), ["--data.subject=none", "--data.subjects", '[{path = "x"}]'])
+    assert [s.path for s in config.data.each()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "overrides", "message"),
+    [
+        (SUBJECTS, "", [], "data.subjects[1].class_name: missing; give it there"),
+        (SUBJECTS, 'subject = "p"\nclass_name = "cat"', [], 'data.subject = "p": data.subjects is'),
+        (SUBJECTS, 'class_name = "cat"', [], 'data.subjects[1].trigger = "sks": it already stands'),
+        ('[[data.subjects]]\nrepeats = 1', 'class_name = "cat"', [], "data.subjects[0].path: miss"),
+        (
+            '[[data.subjects]]\npath = "a"\nrepeats = 0', 'class_name = "cat"', [],
+            "data.subjects[0].repeats = 0: must be a whole number >= 1",
+        ),
+        (
+            '[[data.subjects]]\npath = "a"\ntriger = "x"', 'class_name = "cat"', [],
+            'data.subjects[0].triger = "x": unknown; did you mean trigger?',
+        ),
+        (
+            '[[data.subjects]]\npath = "a"', 'class_name = "cat"', ["--data.subjects[1].path=x"],
+            "data.subjects[1].path: there are 1 entries in data.subjects, counted from 0",
+        ),
+        (
+            '[[data.subjects]]\npath = "a"', 'class_name = "cat"', ["--data.subjects[0].pth=x"],
+            "data.subjects[0].pth: unknown; did you mean path?",
+        ),
+        (
+            '[[data.subjects]]\npath = "a"\n[[data.subjects]]\npath = "b"\nclass_name = "x"\n'
+            'trigger = "t"', 'class_name = "cat"\nclass_images = "c"', [],
+            'data.class_images = "c": there are several classes; give class_images in each',
+        ),
+        ("", 'subjects = ["a"]\nclass_name = "x"', [], "must be a list of tables { path, trigger"),
+    ],
+)  # fmt: skip
+def test_messages_for_subjects(several, text, data, overrides, message):
+    found = problems(several(text, data), overrides)
+    assert any(message in problem for problem in found), found

@@ -6,7 +6,7 @@ import importlib
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from nora_diffusion.config import UserError
+from nora_diffusion.data.captions import read_captions
+from nora_diffusion.data.masks import find_masks
 
 SUBJECT_LIMIT = 20
 """The most photos a subject folder may hold."""
@@ -35,17 +37,39 @@ class Photo:
         path: the file.
         size: (width, height) in px, upright.
         digest: SHA-256 of the file's bytes, in hex.
-        caption: text of the ``.txt`` file beside it, or None.
+        caption: see ``captions``, or None.
+        look: 64 bits that hardly change when the picture is scaled or compressed again.
+        mask: file that says what of it is to be learnt, or None.
+        transparent: whether it has transparent places, which are a mask as well.
     """
 
     path: Path
     size: tuple[int, int]
     digest: str
     caption: str | None = None
+    look: int | None = None
+    mask: Path | None = None
+    transparent: bool = False
 
     def open(self) -> Image.Image:
         """The picture in mode RGB."""
         return read_image(self.path)
+
+    def open_mask(self) -> Image.Image | None:
+        """What is to be learnt, white, in mode L and of the photo's size; None: all of it.
+
+        Raises:
+            UserError: when the mask cannot be read, has other proportions, or is all black.
+        """
+        if self.mask is None:
+            mask = _read(self.path)[1] if self.transparent else None
+        else:
+            mask = _read_mask(self.mask, self.size)
+        if mask is not None and mask.getextrema() == (0, 0):
+            raise UserError(
+                f"{self.mask or self.path}: the mask is all black; white is what is learnt"
+            )
+        return mask
 
 
 def read_photos(
@@ -72,14 +96,22 @@ def read_photos(
         raise UserError(f"{shown}: is a file; give the folder that holds the photos")
     photos: list[Photo] = []
     skipped: list[Skipped] = []
-    for path in sorted(folder.iterdir()):
-        found = _examine(path)
+    paths = sorted(folder.iterdir())
+    masks = find_masks(folder, (path for path in paths if path.is_file()))
+    for path in paths:
+        found = _examine(path) if path not in masks else ""
         if isinstance(found, Photo):
             photos.append(found)
-        else:
+        elif found:
             skipped.append(Skipped(path, found))
-    captions = {photo.path.with_suffix(".txt") for photo in photos}
-    skipped = [skip for skip in skipped if skip.path not in captions]
+    captions, used = read_captions([photo.path for photo in photos])
+    used |= {path.parent for path in masks}
+    skipped = [skip for skip in skipped if skip.path not in used]
+    of_stem = {stem: path for path, stem in masks.items()}
+    photos = [
+        replace(photo, caption=captions.get(photo.path), mask=of_stem.get(photo.path.stem))
+        for photo in photos
+    ]
     if not photos:
         raise UserError(f"{shown}: holds no usable photo; {_found(skipped)}")
     if limit is not None and len(photos) > limit:
@@ -100,13 +132,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         OSError, ValueError, Image.DecompressionBombError: what Pillow raises on a bad file.
     """
-    _register_heic()
-    with warnings.catch_warnings():
-        # Pillow warns from half its limit on and refuses above it; only the refusal counts here.
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=_formats()) as image:
-            image.load()
-            return _to_rgb(_upright(image))
+    return _read(path)[0]
 
 
 def square(
@@ -115,25 +141,78 @@ def square(
     place: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
 ) -> Image.Image:
-    """Scale the shorter side to the resolution and cut out a square.
+    """Scale the shorter side to the resolution and cut out a square; see ``fit``."""
+    return fit(image, (resolution_px, resolution_px), place, flip)
+
+
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    place: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+) -> Image.Image:
+    """Scale a picture to fill a size, and cut off what is over on one side pair.
 
     Args:
-        image: any size, mode RGB.
-        resolution_px: side of the result.
-        place: where along x and y the square lies, 0 to 1; (0.5, 0.5) is the centre.
+        image: any size, mode RGB or L.
+        size: width and height of the result.
+        place: where along x and y the cut-out lies, 0 to 1; (0.5, 0.5) is the centre.
         flip: mirror left and right.
     """
     width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) * place[0], (height - side) * place[1]
+    if width * size[1] > height * size[0]:
+        cut_width, cut_height = height * size[0] / size[1], height
+    else:
+        cut_width, cut_height = width, width * size[1] / size[0]
+    left, top = (width - cut_width) * place[0], (height - cut_height) * place[1]
     # One resampling of the cut-out, so a panorama is never blown up as a whole.
     result = image.resize(
-        (resolution_px, resolution_px),
+        size,
         Image.Resampling.LANCZOS,
-        box=(left, top, left + side, top + side),
+        box=(left, top, left + cut_width, top + cut_height),
         reducing_gap=3.0,
     )
     return ImageOps.mirror(result) if flip else result
+
+
+def look_of(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 places is brighter than its right neighbour (dHash).
+
+    Krawetz 2013, "Kind of like that". The packages for it bring SciPy along for two lines.
+    """
+    grey = image.convert("L").resize((9, 8), Image.Resampling.BOX)
+    levels = np.asarray(grey, dtype=np.int16)
+    return int.from_bytes(np.packbits(levels[:, :-1] > levels[:, 1:]).tobytes(), "big")
+
+
+def _read(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
+    """The picture as ``read_image`` gives it, and its opacity in mode L where it is not whole."""
+    _register_heic()
+    with warnings.catch_warnings():
+        # Pillow warns from half its limit on and refuses above it; only the refusal counts here.
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_formats()) as image:
+            image.load()
+            upright = _upright(image)
+            opacity = None
+            if upright.has_transparency_data:
+                opacity = upright.convert("RGBA").getchannel("A")
+                opacity = None if opacity.getextrema()[0] == 255 else opacity
+            return _to_rgb(upright), opacity
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    try:
+        mask = read_image(path).convert("L")
+    except Exception as error:  # as of photos
+        raise UserError(f"{path}: a mask that cannot be read ({error})") from None
+    (width, height), (own_width, own_height) = size, mask.size
+    if abs(own_width * height - own_height * width) > max(own_width * height, 1) // 50:
+        raise UserError(
+            f"{path}: a mask of {own_width} x {own_height} px for a photo of {width} x {height}; "
+            "give it the photo's proportions"
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR) if mask.size != size else mask
 
 
 def _examine(path: Path) -> Photo | str:
@@ -146,7 +225,7 @@ def _examine(path: Path) -> Photo | str:
         data = path.read_bytes()
         if not data:
             return "empty (0 bytes)"
-        size = read_image(path).size
+        image, opacity = _read(path)
     except UnidentifiedImageError:
         if path.suffix.lower() in {".heic", ".heif"} and not _register_heic():
             return "HEIC is read only with pillow-heif; run: pip install pillow-heif"
@@ -158,17 +237,13 @@ def _examine(path: Path) -> Photo | str:
         return "no permission to read it"
     except Exception as error:  # Pillow's readers raise all kinds of errors on broken files
         return f"broken ({error or type(error).__name__})"
-    return Photo(path, size, hashlib.sha256(data).hexdigest(), _read_caption(path))
-
-
-def _read_caption(photo: Path) -> str | None:
-    path = photo.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) or None
-    except UnicodeDecodeError:
-        raise UserError(f"the caption {path} is not UTF-8 text; save it as UTF-8") from None
+    return Photo(
+        path,
+        image.size,
+        hashlib.sha256(data).hexdigest(),
+        look=look_of(image),
+        transparent=opacity is not None,
+    )
 
 
 def _found(skipped: Sequence[Skipped]) -> str:

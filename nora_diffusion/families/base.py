@@ -141,6 +141,7 @@ class Family(Protocol):
             gets no adapter.
         components: the loaded parts.
         resolution_px: side of the images the base was trained on.
+        size_multiple_px: what sides of pictures must be multiples of.
         num_timesteps: T; timesteps run from 0 to T-1.
         summary: what the base predicts, in words for logs and model cards.
     """
@@ -150,6 +151,7 @@ class Family(Protocol):
     text_targets: ClassVar[tuple[str, ...]]
     components: Components
     resolution_px: int
+    size_multiple_px: int
     num_timesteps: int
     summary: str
 

@@ -39,6 +39,11 @@ def noise_schedule(scheduler: Any, base: str) -> tuple[Tensor, str]:
     return scheduler.alphas_cumprod.detach().clone().float(), prediction_type
 
 
+def unet_multiple(pipe: Any) -> int:
+    """What sides of pictures, in px, must be multiples of so that a UNet halves them evenly."""
+    return int(pipe.vae_scale_factor) * 2 ** (len(pipe.unet.config.down_block_types) - 1)
+
+
 def diffusion_loss(
     predict: Predict,
     latents: Tensor,

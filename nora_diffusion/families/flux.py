@@ -62,6 +62,7 @@ class Flux:
         self.guided = bool(pipe.transformer.config.guidance_embeds)
         self.num_timesteps = 1  # the transformer is given sigma itself
         self.resolution_px = int(pipe.vae.config.sample_size)
+        self.size_multiple_px = int(pipe.vae_scale_factor * PATCH)
         self.summary = f"flow, {'dev' if self.guided else 'schnell'}, {self.resolution_px} px"
 
     @staticmethod
@@ -92,7 +93,7 @@ class Flux:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) float32 latents; H and W multiples of 16."""
         pipe = self.components.pipeline
-        encoding.check_size(pixels, pipe.vae_scale_factor * PATCH)
+        encoding.check_size(pixels, self.size_multiple_px)
         return encoding.encode_images(pipe.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -62,6 +62,7 @@ class Flux2Klein:
         self.distilled = bool(pipe.config.is_distilled)
         self.num_timesteps = 1  # the transformer is given sigma itself
         self.resolution_px = int(pipe.vae.config.sample_size)
+        self.size_multiple_px = int(pipe.vae_scale_factor * PATCH)
         kind = "distilled to few steps" if self.distilled else "base"
         self.summary = f"flow, {kind}, {self.resolution_px} px"
 
@@ -90,7 +91,7 @@ class Flux2Klein:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, 128, H/16, W/16) float32 latents: normalised patches."""
         pipe = self.components.pipeline
-        encoding.check_size(pixels, pipe.vae_scale_factor * PATCH)
+        encoding.check_size(pixels, self.size_multiple_px)
         patches = pixel_unshuffle(encoding.encode_images(pipe.vae, pixels), PATCH)
         norm = pipe.vae.bn
         mean, variance = norm.running_mean.float(), norm.running_var.float()

@@ -48,6 +48,7 @@ class PixArt:
         self.alphas_cumprod, self.prediction_type = schedule
         self.num_timesteps = len(self.alphas_cumprod)
         self.resolution_px = int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+        self.size_multiple_px = int(pipe.transformer.config.patch_size * pipe.vae_scale_factor)
         self.summary = f"{self.prediction_type}, {self.resolution_px} px"
 
     @staticmethod

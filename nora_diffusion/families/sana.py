@@ -54,6 +54,7 @@ class Sana:
         self.shift = float(schedule.get("flow_shift", schedule.get("shift", 1.0)))
         self.num_timesteps = round(schedule.num_train_timesteps * shape.timestep_scale)
         self.resolution_px = int(shape.sample_size * pipe.vae_scale_factor)
+        self.size_multiple_px = int(shape.patch_size * pipe.vae_scale_factor)
         self.summary = f"flow, shift {self.shift:g}, {self.resolution_px} px"
 
     @staticmethod

@@ -18,7 +18,12 @@ from nora_diffusion.families.base import (
     Denoiser,
     Framing,
 )
-from nora_diffusion.families.diffusion import Predict, diffusion_loss, noise_schedule
+from nora_diffusion.families.diffusion import (
+    Predict,
+    diffusion_loss,
+    noise_schedule,
+    unet_multiple,
+)
 from nora_diffusion.families.loading import frozen_parts, part_dtypes, pretrained
 from nora_diffusion.families.objective import LossOptions
 
@@ -42,6 +47,7 @@ class StableDiffusion:
         self.alphas_cumprod, self.prediction_type = schedule
         self.num_timesteps = len(self.alphas_cumprod)
         self.resolution_px = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+        self.size_multiple_px = unet_multiple(pipe)
         self.summary = f"{self.prediction_type}, {self.resolution_px} px"
 
     @staticmethod

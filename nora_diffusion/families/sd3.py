@@ -52,6 +52,7 @@ class StableDiffusion3:
         self.shift = float(pipe.scheduler.config.shift)
         self.num_timesteps = int(pipe.scheduler.config.num_train_timesteps)
         self.resolution_px = int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+        self.size_multiple_px = int(pipe.transformer.config.patch_size * pipe.vae_scale_factor)
         self.summary = f"flow, shift {self.shift:g}, {self.resolution_px} px"
 
     @staticmethod

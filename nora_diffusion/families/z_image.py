@@ -44,6 +44,7 @@ class ZImage:
         pipe = components.pipeline
         self.num_timesteps = 1  # the transformer is given 1 - sigma
         self.resolution_px = int(pipe.vae.config.sample_size)
+        self.size_multiple_px = int(pipe.vae_scale_factor * PATCH)
         self.summary = f"flow, shift {pipe.scheduler.config.shift:g}, {self.resolution_px} px"
 
     @staticmethod
@@ -70,7 +71,7 @@ class ZImage:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) float32 latents; H and W multiples of 16."""
         pipe = self.components.pipeline
-        encoding.check_size(pixels, pipe.vae_scale_factor * PATCH)
+        encoding.check_size(pixels, self.size_multiple_px)
         return encoding.encode_images(pipe.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -236,11 +236,11 @@ def _fit(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
 
     def step(index: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "basis", index))
-        indices = inputs.dataset.batch(index * size, size)
-        conditioning = inputs.conditioning.select([inputs.prompt_rows[i] for i in indices])
-        conditioning = family.frame(conditioning, [inputs.framings[i] for i in indices])
+        batch = inputs.batch(index, size)
+        conditioning = inputs.conditioning.select(batch.prompt_rows)
+        conditioning = family.frame(conditioning, batch.framings)
         return family.loss(
-            family.components.denoiser, inputs.latents[indices], conditioning, generator
+            family.components.denoiser, batch.latents, conditioning, generator, mask=batch.mask
         ).mean()
 
     fit_basis(family.components.denoiser, range(FIT_BATCHES), step, NAME)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
-from nora_diffusion.data.dataset import class_prompt
-from nora_diffusion.data.images import read_photos
-from nora_diffusion.families.base import Framing, resolve_device
+from nora_diffusion.families.base import resolve_device
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -30,8 +28,10 @@ from nora_diffusion.train.checkpoint import (
     newest_path,
     save_checkpoint,
 )
+from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
+from nora_diffusion.train.photos import all_photos, count_pictures, read_subjects
 from nora_diffusion.train.prepare import prepare
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
@@ -117,24 +117,21 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     device = family.components.device
     generator = common.step_generator(cfg.seed, session.step, micro_step, device)
     count = session.step * cfg.gradient_accumulation_steps + micro_step
-    indices = inputs.dataset.batch(count * cfg.batch_size, cfg.batch_size)
-    latents, weights = inputs.latents[indices], inputs.weights[indices]
-    rows = [inputs.prompt_rows[index] for index in indices]
+    batch = inputs.batch(count, cfg.batch_size)
     if session.cfg.text_encoder.train:
-        conditioning = family.encode_prompts([inputs.prompts[row] for row in rows])
+        conditioning = family.encode_prompts([inputs.prompts[row] for row in batch.prompt_rows])
     else:
-        conditioning = inputs.conditioning.select(rows)
-    framings = [inputs.framings[index] for index in indices]
-    conditioning = family.frame(conditioning, framings)
-    denoiser = family.components.denoiser
+        conditioning = inputs.conditioning.select(batch.prompt_rows)
+    conditioning = family.frame(conditioning, batch.framings)
     losses = family.loss(
-        denoiser, latents, conditioning, generator, options=common.loss_options(cfg)
-    )
-    loss = (losses * weights).mean() / cfg.gradient_accumulation_steps
+        family.components.denoiser, batch.latents, conditioning, generator,
+        options=common.loss_options(cfg), mask=batch.mask,
+    )  # fmt: skip
+    loss = (losses * batch.weights).mean() / cfg.gradient_accumulation_steps
     session.scaler.scale(loss).backward()
     total = loss.item()
     if cfg.prior == "base_prediction":
-        losses = _base_prediction_losses(session, latents, framings, generator)
+        losses = _base_prediction_losses(session, batch, generator)
         loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
         # Backward apart from the subject's: half the activations are alive at a time.
         session.scaler.scale(loss).backward()
@@ -143,10 +140,7 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
 
 
 def _base_prediction_losses(
-    session: Session,
-    latents: torch.Tensor,
-    framings: Sequence[Framing],
-    generator: torch.Generator,
+    session: Session, batch: Batch, generator: torch.Generator
 ) -> torch.Tensor:
     """(B,) losses that hold the answer to the class prompt at what the base answers."""
     family, inputs = session.family, session.inputs
@@ -156,14 +150,13 @@ def _base_prediction_losses(
         with adapters.switched_off(denoiser):
             return denoiser(*args, **kwargs)
 
-    of_base = family.frame(inputs.class_conditioning.repeat(len(latents)), framings)
+    of_base = family.frame(inputs.class_conditioning.select(batch.class_rows), batch.framings)
     conditioning = of_base
     if session.cfg.text_encoder.train:
-        prompt = class_prompt(session.cfg.data.class_name)
-        conditioning = family.encode_prompts([prompt]).repeat(len(latents))
-        conditioning = family.frame(conditioning, framings)
+        encoded = family.encode_prompts(inputs.class_prompts).select(batch.class_rows)
+        conditioning = family.frame(encoded, batch.framings)
     return family.loss(
-        denoiser, latents, conditioning, generator,
+        denoiser, batch.latents, conditioning, generator,
         options=common.loss_options(session.cfg.train), reference=(base, of_base),
     )  # fmt: skip
 
@@ -192,11 +185,13 @@ def _stop(session: Session, signal_name: str) -> None:
 
 def _check_memory(cfg: DreamboothConfig, report: Report) -> None:
     """Say what the run will need before anything is loaded; stop where a GPU has less."""
-    plan = plan_memory(cfg, pictures=len(read_photos(cfg.data.subject)[0]))
+    found = read_subjects(cfg)
+    pictures, sizes = count_pictures(cfg, found), [photo.size for photo in all_photos(found)]
+    plan = plan_memory(cfg, pictures, sizes)
     report.say("\n".join(plan.lines()))
     device = resolve_device(cfg.model.device)
     if device.type == "cuda":
-        check_memory(cfg, plan, torch.cuda.mem_get_info(device)[0])
+        check_memory(cfg, plan, torch.cuda.mem_get_info(device)[0], pictures, sizes)
 
 
 def _due(step: int, every: int) -> bool:
@@ -230,7 +225,8 @@ def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:
         for key in list_keys(DreamboothConfig)
         if not key.resume and key.name != "output.dir"
     }
-    return json.loads(json.dumps(fixed))
+    # Of subjects all but their places, as of data.subject.
+    return json.loads(json.dumps(fixed, default=lambda one: one.model_dump(exclude={"path"})))
 
 
 def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:

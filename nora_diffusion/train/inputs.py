@@ -12,17 +12,48 @@ import torch
 from torch import Tensor, nn
 
 from nora_diffusion.adapter.factor_cache import cache_dir
-from nora_diffusion.config import DreamboothConfig, fill_prompt
+from nora_diffusion.config import DreamboothConfig, SubjectFolder
 from nora_diffusion.data.cache import encode_items
-from nora_diffusion.data.dataset import Dataset, Item, class_items, class_prompt, subject_views
-from nora_diffusion.data.images import Photo, describe_skipped, read_photos
+from nora_diffusion.data.dataset import Dataset, Item, class_items, class_prompt, dropped
+from nora_diffusion.data.images import Photo, read_photos
+from nora_diffusion.data.masks import latent_weights
 from nora_diffusion.families.base import Conditioning, Family, Framing
 from nora_diffusion.sampling import GUIDANCE, STEPS, sample_prompts, save_png
 from nora_diffusion.train.common import weights_digest
+from nora_diffusion.train.photos import (
+    all_photos,
+    buckets_of,
+    check_masks,
+    lay_out,
+    read_subjects,
+    report_lines,
+    scene_prompts,
+)
 from nora_diffusion.train.report import Report
 
 CLASS_SEED = 1_000_000
 """Seed of the first class image: apart from the seeds that validation pictures use."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is given.
+
+    Attributes:
+        latents: (B, C, h, w) float32.
+        weights: (B,) float32, on the loss of each item.
+        framings: of the B items.
+        prompt_rows: of ``Inputs.prompts``, after dropout.
+        class_rows: of ``Inputs.class_prompts``.
+        mask: (B, 1, h, w) weights of each place, or None.
+    """
+
+    latents: Tensor
+    weights: Tensor
+    framings: tuple[Framing, ...]
+    prompt_rows: tuple[int, ...]
+    class_rows: tuple[int, ...]
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,37 +62,59 @@ class Inputs:
 
     Attributes:
         dataset: items and their order.
-        photos: of the subject.
-        latents: (I, C, h, w) float32, one for each item.
+        photos: of all subjects.
+        latents: (I, C, h, w) float32, one for each item; a tuple of (C, h, w) where sizes differ.
         weights: (I,) float32, on the loss of each item.
+        masks: for each item (1, h, w) weights of its places; None: all count fully.
         framings: for each item how its picture is cut from the photo.
         prompts: P different prompts.
-        prompt_rows: for each item the row of its prompt.
+        prompt_rows: for each item the rows of its prompt, of the prompt without the trigger, and
+            of the empty prompt; the same row thrice where nothing is dropped.
         conditioning: of the P prompts, by the base model.
-        class_conditioning: of the class prompt alone, by the base model.
+        class_prompts: Q different prompts of classes.
+        class_rows: for each item the row of its class.
+        class_conditioning: of the Q prompts of classes, by the base model.
         scenes: of the prompts in ``sample.prompts``, by the base model.
         negative: of ``sample.negative_prompt``, by the base model.
         digest: of what is trained on, to notice a change before resuming.
+        dropout: shares of captions and of triggers dropped.
     """
 
     dataset: Dataset
     photos: list[Photo]
-    latents: Tensor
+    latents: Tensor | tuple[Tensor, ...]
     weights: Tensor
+    masks: tuple[Tensor, ...] | None
     framings: tuple[Framing, ...]
     prompts: tuple[str, ...]
-    prompt_rows: tuple[int, ...]
+    prompt_rows: tuple[tuple[int, int, int], ...]
     conditioning: Conditioning
+    class_prompts: tuple[str, ...]
+    class_rows: tuple[int, ...]
     class_conditioning: Conditioning
     scenes: Conditioning
     negative: Conditioning
     digest: str
+    dropout: tuple[float, float] = (0.0, 0.0)
 
+    def batch(self, number: int, size: int) -> Batch:
+        """Batch ``number`` of the run, a function of the number and the seed alone."""
+        indices = self.dataset.batch_of_one_size(number, size)
+        draws = zip(*dropped(self.dataset.seed, number, size), strict=True)
+        rows = (self.prompt_rows[index] for index in indices)
+        return Batch(
+            latents=torch.stack([self.latents[index] for index in indices]),
+            weights=self.weights[indices],
+            framings=tuple(self.framings[index] for index in indices),
+            prompt_rows=tuple(map(self._row, rows, draws)),
+            class_rows=tuple(self.class_rows[index] for index in indices),
+            mask=None if self.masks is None else torch.stack([self.masks[i] for i in indices]),
+        )
 
-def scene_prompts(cfg: DreamboothConfig) -> list[str]:
-    """``sample.prompts`` with trigger and class filled in."""
-    data = cfg.data
-    return [fill_prompt(text, data.trigger, data.class_name) for text in cfg.sample.prompts]
+    def _row(self, rows: tuple[int, int, int], draws: tuple[float, float]) -> int:
+        if draws[0] < self.dropout[0]:
+            return rows[2]
+        return rows[1] if draws[1] < self.dropout[1] else rows[0]
 
 
 def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inputs:
@@ -72,60 +125,129 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     Raises:
         UserError: when there is no usable photo.
     """
-    data = cfg.data
-    photos, skipped = read_photos(data.subject)
-    if skipped:
-        report.say(f"skipped in {data.subject}:\n{describe_skipped(skipped)}")
-    views = subject_views(
-        photos,
-        trigger=data.trigger,
-        class_name=data.class_name,
-        captions=data.captions,
-        flip=data.flip,
-        crop=data.crop,
-        seed=cfg.train.seed,
-    )
+    found = read_subjects(cfg)
+    check_masks(cfg, found)
+    side = cfg.data.resolution_px or family.resolution_px
+    told = "\n".join(report_lines(cfg, found, (side, family.size_multiple_px)))
+    report.say(told)
+    report.event("data", message=told)
+    buckets = buckets_of(cfg, side, family.size_multiple_px)
+    views, repeats = lay_out(cfg, found, buckets)
     prior = []
     if cfg.train.prior == "class_images":
-        prior = class_items(
-            class_photos(cfg, family, report), data.class_name, cfg.train.prior_weight
-        )
-    dataset = Dataset(views, prior, cfg.train.seed)
+        for number, one in enumerate(_subject_of_each_class(cfg)):
+            photos = class_photos(cfg, family, report, one, number)
+            prior += class_items(photos, one.class_name, cfg.train.prior_weight, buckets)
+    dataset = Dataset(views, prior, cfg.train.seed, repeats)
+    items = dataset.items
     latents = _encode_pictures(cfg, family, dataset)
-    prompts = tuple(dict.fromkeys(item.prompt for item in dataset.items))
+    masks = _weigh_places(cfg, items, latents, side)
+    prompts, rows = _prompt_table(cfg, items)
+    class_prompts = tuple(dict.fromkeys(class_prompt(one.class_name) for one in cfg.data.each()))
     device = family.components.device
-    side = cfg.data.resolution_px or family.resolution_px
-    described = [(item.image_id, item.prompt, item.weight) for item in dataset.items]
     return Inputs(
         dataset=dataset,
-        photos=photos,
-        latents=latents.to(device),
-        weights=torch.tensor([item.weight for item in dataset.items], device=device),
-        framings=tuple(framing(item, side) for item in dataset.items),
+        photos=all_photos(found),
+        latents=_together([latent.to(device) for latent in latents]),
+        weights=torch.tensor([item.weight for item in items], device=device),
+        masks=None if masks is None else tuple(mask.to(device) for mask in masks),
+        framings=tuple(framing(item, side) for item in items),
         prompts=prompts,
-        prompt_rows=tuple(prompts.index(item.prompt) for item in dataset.items),
+        prompt_rows=rows,
         conditioning=_encode_prompts(family, prompts),
-        class_conditioning=_encode_prompts(family, [class_prompt(data.class_name)]),
+        class_prompts=class_prompts,
+        class_rows=tuple(class_prompts.index(class_prompt(item.class_name)) for item in items),
+        class_conditioning=_encode_prompts(family, class_prompts),
         scenes=_encode_prompts(family, scene_prompts(cfg)),
         negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
-        digest=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+        digest=_digest(items, masks),
+        dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
     )
+
+
+def _prompt_table(
+    cfg: DreamboothConfig, items: Sequence[Item]
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """The different prompts, and for each item its rows; see ``Inputs.prompt_rows``.
+
+    Class images keep their prompt: they are there to hold what it means.
+    """
+
+    def texts(item: Item) -> tuple[str, str, str]:
+        own = item.prompt
+        if item.prior:
+            return own, own, own
+        bare = item.prompt_without_trigger if cfg.data.trigger_dropout else own
+        return own, bare, "" if cfg.data.caption_dropout else own
+
+    table = [texts(item) for item in items]
+    # The prompts themselves first: their rows are then those of a run without dropout.
+    prompts = tuple(dict.fromkeys(row[kind] for kind in range(3) for row in table))
+    places = {prompt: row for row, prompt in enumerate(prompts)}
+    return prompts, tuple((places[a], places[b], places[c]) for a, b, c in table)
+
+
+def _weigh_places(
+    cfg: DreamboothConfig, items: Sequence[Item], latents: Sequence[Tensor], side: int
+) -> list[Tensor] | None:
+    """(1, h, w) weights of the places of each item; None without ``data.masks``."""
+    if not cfg.data.masks:
+        return None
+    weights: list[Tensor] = []
+    for item, latent in zip(items, latents, strict=True):
+        size = (int(latent.shape[-2]), int(latent.shape[-1]))
+        mask = None if item.prior else item.mask(side)
+        background = cfg.data.mask_background
+        whole = torch.ones(1, *size)
+        weights.append(whole if mask is None else latent_weights(mask, size, background))
+    return weights
+
+
+def _digest(items: Sequence[Item], masks: Sequence[Tensor] | None) -> str:
+    described: list[object] = [(item.image_id, item.prompt, item.weight) for item in items]
+    if masks is not None:
+        described += [hashlib.sha256(mask.numpy().tobytes()).hexdigest() for mask in masks]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _together(latents: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One tensor where all have one shape."""
+    same = len({latent.shape for latent in latents}) == 1
+    return torch.stack(latents) if same else tuple(latents)
 
 
 def framing(item: Item, resolution_px: int) -> Framing:
-    """How the square of an item is cut from its photo, mirrored where the item is."""
+    """How the picture of an item is cut from its photo, mirrored where the item is."""
     width, height = item.photo.size
-    scale = resolution_px / min(width, height)
+    to_width, to_height = item.size(resolution_px)
+    scale = max(to_width / width, to_height / height)
     x, y = item.place
-    left = (1 - x if item.flip else x) * (width * scale - resolution_px)
-    top = y * (height * scale - resolution_px)
-    side = (resolution_px, resolution_px)
-    return Framing((height, width), (round(top), round(left)), side)
+    left = (1 - x if item.flip else x) * (width * scale - to_width)
+    top = y * (height * scale - to_height)
+    return Framing((height, width), (round(top), round(left)), (to_height, to_width))
 
 
-def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[Photo]:
-    """``train.prior_images`` pictures of the class; those that are missing are made by the base."""
-    folder = _class_folder(cfg, family)
+def _subject_of_each_class(cfg: DreamboothConfig) -> list[SubjectFolder]:
+    """For each class, and each folder of its pictures, the first subject of it."""
+    first: dict[tuple[str, str | None], SubjectFolder] = {}
+    for one in cfg.data.each():
+        first.setdefault((one.class_name, one.class_images), one)
+    return list(first.values())
+
+
+def class_photos(
+    cfg: DreamboothConfig, family: Family, report: Report, subject: SubjectFolder, number: int = 0
+) -> list[Photo]:
+    """``train.prior_images`` pictures of a subject's class; missing ones are made by the base.
+
+    Args:
+        cfg: the settings.
+        family: the base model.
+        report: where it is said that pictures are made.
+        subject: one of the class.
+        number: of the class among those of the run, from 0.
+    """
+    folder = _class_folder(cfg, family, subject, number)
     folder.mkdir(parents=True, exist_ok=True)
     present = 0
     if any(folder.iterdir()):
@@ -133,7 +255,7 @@ def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[
     missing = range(present, cfg.train.prior_images)
     if missing:
         report.say(f"making {len(missing)} class images in {folder}")
-    prompt = class_prompt(cfg.data.class_name)
+    prompt = class_prompt(subject.class_name)
     for start in range(0, len(missing), 16):
         seeds = [CLASS_SEED + index for index in missing[start : start + 16]]
         # With fixed settings: sample.* may change before a resume, these pictures must not.
@@ -145,16 +267,19 @@ def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[
     return photos[: cfg.train.prior_images]
 
 
-def _class_folder(cfg: DreamboothConfig, family: Family) -> Path:
-    if cfg.data.class_images is not None:
-        return Path(cfg.data.class_images).expanduser()
+def _class_folder(
+    cfg: DreamboothConfig, family: Family, subject: SubjectFolder, number: int
+) -> Path:
+    if subject.class_images is not None:
+        return Path(subject.class_images).expanduser()
     cache = cache_dir()
     if cache is None or not cfg.data.cache:
-        return Path(cfg.output.dir) / "class_images"
+        name = f"class_images-{number + 1}" if number else "class_images"
+        return Path(cfg.output.dir) / name
     spec = [
         weights_digest(family.components.denoiser),
         str(family.components.dtype),
-        cfg.data.class_name,
+        subject.class_name,
         STEPS,
         GUIDANCE,
     ]
@@ -162,8 +287,8 @@ def _class_folder(cfg: DreamboothConfig, family: Family) -> Path:
     return cache / "class-images" / name
 
 
-def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> Tensor:
-    """(I, C, h, w) latents of all items, on the CPU."""
+def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> list[Tensor]:
+    """(C, h, w) latents of each item, on the CPU."""
     cache = cache_dir() if cfg.data.cache else None
     vae: nn.Module = family.components.pipeline.vae
     latents = encode_items(
@@ -173,7 +298,7 @@ def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) ->
         model={"vae": weights_digest(vae), "device": family.components.device.type},
         folder=None if cache is None else cache / "latents",
     )
-    return torch.stack([latents[item.image_id] for item in dataset.items])
+    return [latents[item.image_id] for item in dataset.items]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ is not counted is said in ``MemoryPlan.lines``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nora_diffusion.adapter import deferred_factors, iter_nora_layers
 from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.data.buckets import Size, closest_bucket
 from nora_diffusion.data.dataset import class_prompt
 from nora_diffusion.families.base import (
     Conditioning,
@@ -28,6 +29,7 @@ from nora_diffusion.families.skeleton import META, skeleton, tensors_of
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
+from nora_diffusion.train.photos import buckets_of, scene_prompts
 
 Result = TypeVar("Result")
 
@@ -90,12 +92,14 @@ def _gb(size: int) -> str:
     return f"{size / GIGABYTE:.3f} GB" if abs(size) < GIGABYTE else f"{size / GIGABYTE:.2f} GB"
 
 
-def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
+def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] = ()) -> MemoryPlan:
     """Predict the memory of a run from its config and the base's config alone.
 
     Args:
         cfg: the settings.
         pictures: how many pictures are encoded and kept.
+        sizes: width and height in px of the photos, for the largest of the buckets they go to;
+            none: the square, which no bucket exceeds.
 
     Raises:
         UserError: when the base's configs cannot be had, or a setting does not fit the base.
@@ -103,10 +107,10 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
     dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device))
     family = skeleton(cfg.model.base, dtype)
     parts = family.components
-    side = cfg.data.resolution_px or family.resolution_px
+    width, height = _largest(cfg, family, sizes)
     everything = _present(family)
     with torch.no_grad():
-        pixels = torch.empty(1, 3, side, side, device=META)
+        pixels = torch.empty(1, 3, height, width, device=META)
         of_picture, latents = _held(everything, lambda: family.encode_images(pixels))
         of_prompt, conditioning = _held(everything, lambda: _conditioning(cfg, family, 1))
     encoding = bytes_of(everything) + max(of_picture, of_prompt)
@@ -119,7 +123,7 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
     _add_adapters(cfg, family, models)
     inner = list(adapters.trained_parameters(models).values())
     copies = 2 + OPTIMISER_STATES + (cfg.train.ema_decay is not None)  # itself, its gradient, ...
-    prompts = len(cfg.sample.prompts) + 3  # the subject's, the class's and the negative one
+    prompts = len(scene_prompts(cfg)) + 1 + 2 * len(cfg.data.each())  # negative, own and class's
     return MemoryPlan(
         weights=weights,
         outer_factors=bytes_of(t for model in models.values() for t in _outer(model)),
@@ -130,13 +134,42 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
     )
 
 
-def check_memory(cfg: DreamboothConfig, plan: MemoryPlan, available: int) -> None:
+def _largest(cfg: DreamboothConfig, family: Family, sizes: Sequence[Size]) -> Size:
+    """Width and height of the largest training picture; class images are squares."""
+    side = cfg.data.resolution_px or family.resolution_px
+    buckets = buckets_of(cfg, side, family.size_multiple_px)
+    if not buckets or not sizes or cfg.train.prior == "class_images":
+        return side, side
+    used = [closest_bucket(size, buckets) for size in sizes]
+    return max(used, key=lambda size: size[0] * size[1])
+
+
+def picture_sizes(cfg: DreamboothConfig) -> tuple[int, int]:
+    """Training resolution and what sides must be multiples of, in px, by the base's config alone.
+
+    Raises:
+        UserError: when the base's configs cannot be had.
+    """
+    dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device))
+    family = skeleton(cfg.model.base, dtype)
+    return cfg.data.resolution_px or family.resolution_px, family.size_multiple_px
+
+
+def check_memory(
+    cfg: DreamboothConfig,
+    plan: MemoryPlan,
+    available: int,
+    pictures: int = 1,
+    sizes: Sequence[Size] = (),
+) -> None:
     """Refuse a run that cannot fit, and say what would make it fit.
 
     Args:
         cfg: the settings.
         plan: of these settings.
         available: bytes the device has free.
+        pictures: as for the plan.
+        sizes: as for the plan.
 
     Raises:
         UserError: when the plan's peak is above ``available``; each change named was planned too.
@@ -147,7 +180,7 @@ def check_memory(cfg: DreamboothConfig, plan: MemoryPlan, available: int) -> Non
         f"{change}: {_gb(other.peak - plan.peak)}"
         + (", which fits" if other.peak <= available else "")
         for change, changed in _savings(cfg)
-        if (other := plan_memory(changed)).peak < plan.peak
+        if (other := plan_memory(changed, pictures, sizes)).peak < plan.peak
     ]
     cures = "".join(f"\n  {offer}" for offer in offers) or "\n  no setting here saves any of it"
     raise UserError(
@@ -211,7 +244,7 @@ def _conditioning(cfg: DreamboothConfig, family: Family, rows: int) -> Condition
     """Of ``rows`` prompts, with the framing of a whole square picture."""
     side = cfg.data.resolution_px or family.resolution_px
     framing = Framing(original_px=(side, side), crop_px=(0, 0), target_px=(side, side))
-    encoded = family.encode_prompts([class_prompt(cfg.data.class_name)] * rows)
+    encoded = family.encode_prompts([class_prompt(cfg.data.each()[0].class_name)] * rows)
     return family.frame(encoded, [framing] * rows)
 
 

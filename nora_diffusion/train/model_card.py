@@ -8,7 +8,7 @@ import torch
 
 from nora_diffusion import __version__
 from nora_diffusion.families import built_in_version
-from nora_diffusion.train.inputs import scene_prompts
+from nora_diffusion.train.photos import distinct_subjects, scene_prompts
 from nora_diffusion.train.session import Session
 
 PEFT_FOLDER = "peft"
@@ -36,7 +36,7 @@ tags: [nora, lora, dreambooth, text-to-image]
 ---
 # {title}
 
-A NoRA adapter that teaches `{base_name}` the subject **{trigger} {class_name}** from {photos}.
+A NoRA adapter that teaches `{base_name}` {subjects} from {photos}.
 
 ![samples](samples/sheet.png)
 
@@ -84,15 +84,16 @@ def model_card(session: Session) -> str:
         "guidance": cfg.sample.guidance,
     }
     count = len(session.inputs.photos)
+    names = [f"{one.trigger} {one.class_name}" for one in distinct_subjects(cfg)]
     lora = _LORA.format(**sampling, **_loading(session)) if cfg.output.lora else ""
     card = _CARD.format(
         **sampling,
         base_yaml=json.dumps(parts.base),
         base_name=parts.base,
-        instance=json.dumps(f"a {cfg.data.trigger} {cfg.data.class_name}"),
-        title=f"{cfg.data.trigger} {cfg.data.class_name}",
-        trigger=cfg.data.trigger,
-        class_name=cfg.data.class_name,
+        instance=json.dumps(f"a {names[0]}"),
+        title=", ".join(names),
+        subjects=("the subject " if len(names) == 1 else "the subjects ")
+        + ", ".join(f"**{name}**" for name in names),
         photos=f"{count} photo" + ("s" if count != 1 else ""),
         lora=lora,
         table=_table(session),

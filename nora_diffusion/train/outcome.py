@@ -25,8 +25,8 @@ from nora_diffusion.sampling import (
     save_png,
 )
 from nora_diffusion.train import adapters
-from nora_diffusion.train.inputs import scene_prompts
 from nora_diffusion.train.model_card import PEFT_FOLDER, model_card
+from nora_diffusion.train.photos import distinct_subjects, scene_prompts
 from nora_diffusion.train.session import Session
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -77,13 +77,16 @@ def _write_lora(session: Session) -> None:
 def describe(session: Session) -> dict[str, Any]:
     """What the adapter file says of its origin."""
     cfg, parts = session.cfg, session.family.components
+    first, *others = distinct_subjects(cfg)
+    named = [{"trigger": one.trigger, "class_name": one.class_name} for one in (first, *others)]
     return {
         "base": parts.base,
         "base_hash": session.base_hash,
         **built_in_version(parts.base),
         "family": session.family.name,
-        "trigger": cfg.data.trigger,
-        "class_name": cfg.data.class_name,
+        "trigger": first.trigger,
+        "class_name": first.class_name,
+        **({"subjects": named} if others else {}),
         "steps": session.step,
         "training": {
             "photos": len(session.inputs.photos),

@@ -62,6 +62,11 @@ def prepare(
     return session
 
 
+def _subjects_key(cfg: DreamboothConfig) -> str:
+    folders = ", ".join(f'"{one.path}"' for one in cfg.data.each())
+    return f"data.subjects ({folders})" if cfg.data.subjects else f"data.subject = {folders}"
+
+
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state into a fresh session.
 
@@ -70,7 +75,7 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
     """
     cfg, state = session.cfg, checkpoint.state
     for key, given, now in (
-        (f'data.subject = "{cfg.data.subject}"', "data", session.inputs.digest),
+        (_subjects_key(cfg), "data", session.inputs.digest),
         (f'model.base = "{cfg.model.base}"', "base_hash", session.base_hash),
     ):
         if state[given] != now:

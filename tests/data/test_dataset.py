@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nora_diffusion.data.dataset import (
+    COLOUR_VARIANTS,
     RANDOM_CROPS,
     Dataset,
+    Item,
     class_items,
     class_prompt,
+    dropped,
     subject_views,
+    without_trigger,
 )
 from nora_diffusion.data.images import Photo, read_photos
 
@@ -164,3 +168,129 @@ def test_the_order_is_written_down():
 def test_a_dataset_without_photos_is_refused(subject):
     with pytest.raises(ValueError, match="at least one subject photo"):
         Dataset(subject)
+
+
+# ---- buckets, repeats, several classes, colours, dropout ------------------------------------
+
+
+def of_sizes(counts: dict[tuple[int, int], int], class_name: str = "dog") -> list[list[Item]]:
+    """A view each of ``counts[bucket]`` photos a bucket."""
+    return [
+        [Item(photo, "a sks dog", bucket=bucket, class_name=class_name)]
+        for bucket, count in counts.items()
+        for photo in fake_photos(count, f"{class_name}{bucket}")
+    ]
+
+
+shapes = st.dictionaries(
+    st.sampled_from([(64, 64), (80, 48), (48, 80)]), st.integers(1, 7), min_size=1
+)
+
+
+@given(counts=shapes, size=st.integers(1, 5), seed=st.integers(0, 9), batches=st.integers(1, 40))
+def test_batches_are_full_of_one_size_and_every_photo_has_its_share(counts, size, seed, batches):
+    dataset = Dataset(of_sizes(counts), seed=seed)
+    laid = [dataset.batch_of_one_size(number, size) for number in range(batches)]
+    assert all(len(batch) == size for batch in laid)
+    assert all(len({dataset.items[i].bucket for i in batch}) == 1 for batch in laid)
+    shown = Counter(index for batch in laid for index in batch)
+    for (
+        bucket
+    ) in counts:  # within a bucket nobody is a whole round ahead, but for one epoch's order
+        times = [shown[i] for i, item in enumerate(dataset.items) if item.bucket == bucket]
+        assert max(times) - min(times) <= 2
+    fresh = Dataset(of_sizes(counts), seed=seed)  # as after a resume
+    assert fresh.batch_of_one_size(batches - 1, size) == laid[-1]
+
+
+def test_over_a_run_a_rare_size_is_shown_as_often_as_a_common_one():
+    dataset = Dataset(of_sizes({(64, 64): 4, (80, 48): 1}))
+    laid = [dataset.batch_of_one_size(number, 4) for number in range(1000)]
+    shown = Counter(index for batch in laid for index in batch)
+    assert all(abs(times - 800) <= 4 for times in shown.values())
+
+
+def test_equal_sizes_go_in_the_usual_order():
+    plain, buckets = Dataset(views(fake_photos(5))), Dataset(of_sizes({(64, 64): 5}))
+    for number in range(9):
+        assert buckets.batch_of_one_size(number, 3) == plain.batch(3 * number, 3)
+
+
+def test_repeats_show_a_photo_more_often_with_views_of_its_own():
+    dataset = Dataset(views(fake_photos(3), flip=True), repeats=[1, 3, 2])
+    shown = Counter(dataset.items[i].photo.digest for i in dataset.epoch(4))
+    assert shown == {"p0": 1, "p1": 3, "p2": 2} and dataset.epoch_length == 6
+    items = [dataset.items[i] for i in dataset.epoch(4)]
+    assert {item.flip for item in items if item.photo.digest == "p1"} == {True, False}
+    assert Dataset(views(fake_photos(3)), repeats=[1, 1, 1]).epoch(7) == (
+        Dataset(views(fake_photos(3))).epoch(7)
+    )
+
+
+@given(dogs=st.integers(1, 4), cats=st.integers(1, 4), priors=st.integers(1, 5))
+def test_each_photo_is_followed_by_an_image_of_its_own_class(dogs, cats, priors):
+    subject = of_sizes({(64, 64): dogs}) + of_sizes({(64, 64): cats}, "cat")
+    prior = class_items(fake_photos(priors, "d"), "dog", 0.5)
+    prior += class_items(fake_photos(2 * priors, "c"), "cat", 0.5)
+    dataset = Dataset(subject, prior)
+    order = [dataset.items[i] for i in dataset.batch(0, 12 * (dogs + cats))]
+    assert all(
+        photo.class_name == image.class_name and image.prior and not photo.prior
+        for photo, image in zip(order[::2], order[1::2], strict=True)
+    )
+    for name, of_class in (("dog", priors), ("cat", 2 * priors)):
+        images = [item.photo.digest for item in order[1::2] if item.class_name == name]
+        whole = len(images) // of_class * of_class
+        assert len(set(Counter(images[:whole]).values())) <= 1  # all once, then again
+
+
+def test_a_class_without_images_has_none_between_its_photos():
+    subject = of_sizes({(64, 64): 2}) + of_sizes({(64, 64): 2}, "cat")
+    dataset = Dataset(subject, class_items(fake_photos(3, "d"), "dog", 0.5))
+    assert dataset.epoch_length == 6
+    assert sum(dataset.items[i].prior for i in dataset.epoch(0)) == 2
+
+
+def test_colour_variants_are_seeded_mild_and_paired_with_crops(photos):
+    square_, wide, _ = views(photos, color_jitter=0.1, crop="random", flip=True, seed=5)
+    assert len(square_) == 2 * COLOUR_VARIANTS and len(wide) == 2 * RANDOM_CROPS
+    assert square_[0].colour == wide[0].colour == (1.0, 1.0, 1.0)
+    assert len({item.colour for item in wide}) == COLOUR_VARIANTS
+    assert all(0.9 <= factor <= 1.1 for item in wide for factor in item.colour)
+    assert wide == views(photos, color_jitter=0.1, crop="random", flip=True, seed=5)[1]
+    plain, other = square_[0], square_[2]
+    assert plain.image_id != other.image_id
+    difference = (plain.pixels(32) - other.pixels(32)).abs()
+    assert 0 < difference.mean() < 0.3
+    assert torch.equal(plain.pixels(32), views(photos)[0][0].pixels(32))
+
+
+def test_pictures_of_buckets_keep_more_of_the_photo(photos):
+    _, wide, tall = views(photos, buckets=[(32, 32), (64, 32), (32, 64)])
+    assert wide[0].pixels(32).shape == (3, 32, 64) and tall[0].pixels(32).shape == (3, 64, 32)
+    stored = np.asarray(photos[1].open(), dtype=np.float32)
+    assert torch.equal(wide[0].pixels(32), torch.from_numpy(stored / 127.5 - 1).permute(2, 0, 1))
+    assert "64x32" in wide[0].image_id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a sks dog", "a dog"),
+        ("a sks dog on a sofa", "a dog on a sofa"),
+        ("photo of sks, asleep", "photo of, asleep"),
+        ("sks", "a dog"),
+        ("a dog", "a dog"),
+        ("a asks skss dog", "a asks skss dog"),
+    ],
+)
+def test_prompts_without_the_trigger(prompt, expected):
+    assert without_trigger(prompt, "sks", "dog") == expected
+    assert without_trigger("a sks owl", "sks", "owl") == "an owl"
+
+
+def test_dropout_draws_depend_on_seed_and_number_alone_and_are_uniform():
+    assert dropped(3, 7, 4) == dropped(3, 7, 4) != dropped(3, 8, 4)
+    draws = np.array([dropped(0, number, 4) for number in range(500)])
+    assert draws.shape == (500, 2, 4) and abs(draws.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(draws[:, 0].ravel(), draws[:, 1].ravel())[0, 1]) < 0.1

@@ -28,6 +28,7 @@ from nora_diffusion.config import UserError, load_config, shipped_configs
 from nora_diffusion.denoiser_hooks import load_adapter
 from nora_diffusion.events import read_events
 from nora_diffusion.families import detect_family, load_family
+from nora_diffusion.families.base import Framing
 from nora_diffusion.families.objective import LossOptions
 from tests.families.rows import CPU, PROMPTS, ROWS, adapt, batch, predict, published_loss
 from tests.tiny import distance
@@ -298,3 +299,29 @@ def test_a_shipped_config_is_short_and_begins_with_its_launch_command(name):
     assert lines[0].startswith(f"# nora-dreambooth {name} ")
     words = lines[0].removeprefix(f"# nora-dreambooth {name} ").split()
     assert load_config(name, words).data.class_name
+
+
+@every_family
+def test_pictures_that_are_no_squares_have_a_loss_and_a_mask(row):
+    """Sides are multiples of what the family says; where the mask is 0, nothing counts."""
+    family = row.load()
+    side = family.size_multiple_px
+    pixels = torch.rand(2, 3, 2 * side, 3 * side, generator=torch.Generator().manual_seed(0))
+    latents = family.encode_images(pixels * 2 - 1)
+    height, width = latents.shape[-2:]
+    assert height * 3 == width * 2
+    with torch.no_grad():
+        given = family.encode_prompts(PROMPTS)
+        square = (2 * side, 3 * side)
+        given = family.frame(given, [Framing(square, (0, 0), square)] * 2)
+
+        def loss(mask):
+            generator = torch.Generator().manual_seed(1)
+            return family.loss(family.components.denoiser, latents, given, generator, mask=mask)
+
+        whole = torch.ones(2, 1, height, width)
+        left, right = whole.clone(), whole.clone()
+        left[..., width // 2 :], right[..., : width // 2] = 0, 0
+        assert torch.isfinite(loss(None)).all() and torch.equal(loss(None), loss(whole))
+        torch.testing.assert_close(loss(left) + loss(right), loss(None))
+        assert not loss(0 * whole).any()

@@ -199,12 +199,10 @@ def test_a_data_driven_basis_is_fitted_and_saved_with_the_adapter(make_config, b
 def test_base_prediction_starts_at_zero_and_pulls_back(make_config, tmp_path):
     cfg = make_config(train={"prior": "base_prediction", "batch_size": 2})
     session = prepared(cfg, tmp_path)
-    latents = session.inputs.latents[:2]
+    batch = session.inputs.batch(0, 2)
 
     def prior_losses() -> torch.Tensor:
-        return dreambooth._base_prediction_losses(
-            session, latents, session.inputs.framings[:2], torch.Generator().manual_seed(0)
-        )
+        return dreambooth._base_prediction_losses(session, batch, torch.Generator().manual_seed(0))
 
     assert prior_losses().abs().max() == 0
     with torch.no_grad():
@@ -539,7 +537,7 @@ def test_the_run_folder_holds_everything(finished):
 def test_events_tell_the_whole_run(finished):
     events = read_events(finished / "events.jsonl")
     kinds = [event["event"] for event in events]
-    assert kinds[0] == "start" and kinds[-1] == "done"
+    assert kinds[:2] == ["data", "start"] and kinds[-1] == "done"
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [2, 4]
     assert all(event["loss"] and event["lr"] and event["eta_s"] is not None for event in steps)
@@ -683,7 +681,7 @@ def test_captions_and_crops_reach_the_items(make_config, tmp_path, subject):
     session = prepared(make_config(data={"subject": str(own), "flip": True}), tmp_path)
     assert session.inputs.prompts == ("a sks toy on a table",)
     assert len(session.inputs.latents) == 2
-    assert session.inputs.prompt_rows == (0, 0)
+    assert session.inputs.prompt_rows == ((0, 0, 0), (0, 0, 0))
 
 
 def test_switched_off_is_the_base_exactly(make_config, tmp_path):
