@@ -127,10 +127,10 @@ def load_adapter(
     Afterwards it is an adapter like any other of PEFT: `pipe.set_adapters`, `fuse_lora`,
     `delete_adapters` and so on work. A load that fails leaves the models as they were.
 
-    Where a compact file meets base weights that are not, to the byte, those it was trained on
-    (mostly: another dtype), the outer pairs come from the cache on this machine; else the LoRA
-    export `pytorch_lora_weights.safetensors` beside the file is loaded in its place; else the file
-    is refused.
+    Where a compact file meets base weights in another dtype than those it was trained on, the outer
+    pairs come from the cache on this machine; else the LoRA export
+    `pytorch_lora_weights.safetensors` beside the file is loaded in its place; else the file is
+    refused, as it is on another base in the same dtype.
 
     Args:
         pipe_or_model: a diffusers pipeline, or one model.
@@ -162,9 +162,12 @@ def load_adapter(
         beside = path.with_name(LORA_FILE)
         if not is_export_of(beside, adapter.checksum):
             raise
+        if error.trained == error.present:  # not rounded: another model
+            message = f"{error}; or load {beside.name} beside it by hand, onto whatever base"
+            raise OtherBaseError(message, error.trained, error.present) from None
         warnings.warn(
-            f"{path}: its base weights are not these (another dtype?), so its exact LoRA export "
-            f"{beside.name} is loaded in its place",
+            f"{path}: was trained on weights in {error.trained}, and these are in "
+            f"{error.present}, so its exact LoRA export {beside.name} is loaded in its place",
             stacklevel=2,
         )
         contents = header.read(beside)
