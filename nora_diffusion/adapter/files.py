@@ -20,6 +20,7 @@ from . import header
 from .components import (
     activate,
     adapter_names,
+    check_arguments,
     check_name_is_free,
     components_of,
     match_components,
@@ -125,7 +126,8 @@ def load_adapter(
     """Add an adapter from a native or LoRA file; it is active beside those that already are.
 
     Afterwards it is an adapter like any other of PEFT: `pipe.set_adapters`, `fuse_lora`,
-    `delete_adapters` and so on work. A load that fails leaves the models as they were.
+    `delete_adapters` and so on work. Adapters switched off by `disable_lora` and its like are
+    switched on again. A load that fails leaves the models as they were.
 
     Where a compact file meets base weights in another dtype than those it was trained on, the outer
     pairs come from the cache on this machine; else the LoRA export
@@ -135,7 +137,7 @@ def load_adapter(
     Args:
         pipe_or_model: a diffusers pipeline, or one model.
         path: the file, or a folder with one.
-        adapter_name: a name that is not in use.
+        adapter_name: a name that is not in use, without dots.
         weight: scale of the adapter's effect.
 
     Returns:
@@ -143,7 +145,10 @@ def load_adapter(
 
     Raises:
         AdapterFileError: the file is damaged or does not fit; the message says what to do.
+        ValueError: the name is in use or cannot be one, or the weight is not finite.
+        TypeError: the name is no text, or the weight no number.
     """
+    check_arguments(adapter_name, weight)
     path = find_file(Path(path))
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
@@ -190,9 +195,10 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     Returns:
         `format_version`, `kind` ("native" or "lora"), `portable`, `config` (of the denoiser, or of
         the only model), `base`, `family`, `trigger`, `class_name`, `steps`,
-        `modules` (how many), `trainable_parameters`, `bytes`, `fingerprints_ok` (None without
-        `base` or for a LoRA file), `components` (the same per component) and `metadata` (all that
-        was recorded at saving).
+        `modules` (how many), `trainable_parameters` (numbers in the inner pairs; of a LoRA file
+        the numbers in the LoRA, which are more), `checksum` (of the content), `bytes`,
+        `fingerprints_ok` (None without `base` or for a LoRA file), `components` (the same per
+        component) and `metadata` (all that was recorded at saving).
 
     Raises:
         AdapterFileError: the file is damaged, or was not written by this project.
@@ -222,6 +228,7 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     for key in ("modules", "trainable_parameters"):
         info[key] = sum(part[key] for part in parts.values())
     return info | {
+        "checksum": contents.metadata[header.CHECKSUM_KEY],
         "bytes": path.stat().st_size,
         "fingerprints_ok": ok,
         "components": parts,
