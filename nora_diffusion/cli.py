@@ -1,10 +1,13 @@
 """The commands ``nora-dreambooth`` and ``nora``; whatever is heavy is imported inside them."""
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; what the user can act on ends in one message, not in a stack trace."""
     try:
-        return command(argv)
+        with _terminable():
+            return command(argv)
     except KeyboardInterrupt as stop:
-        print(f"\n{prog}: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\n{prog}: {str(stop) or 'stopped'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader went away, as in `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,6 +60,22 @@ def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[st
         if type(error).__name__ == "OutOfMemoryError":
             print(MEMORY_CURES, file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does; signals can be handled in the main thread only."""
+    handled = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if handled:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_code(error: Exception) -> int | None:

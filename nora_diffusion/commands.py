@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    where = "run folder or adapter file"
+    where = "folder of a run or an export, or adapter file"
     sample = command("sample", _sample, "make pictures with an adapter")
     sample.add_argument("source", metavar="RUN_OR_FILE", help=where)
     sample.add_argument(
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--n", type=_positive, default=4, help="pictures a prompt (default 4)")
     sample.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     sample.add_argument(
-        "--out", default="samples", help="folder for the pictures (default samples)"
+        "--out",
+        default="samples",
+        help="folder for the pictures (default samples); those that are there are kept",
     )
     sample.add_argument("--steps", type=_positive, help="denoising steps (default 25)")
     sample.add_argument("--guidance", type=float, help="guidance scale (default 5)")

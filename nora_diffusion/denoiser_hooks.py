@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nora_diffusion.adapter import NoraLayer, files, iter_nora_layers
 
+_LATENTS = ("sample", "hidden_states", "x")  # as UNets, transformers and Z-Image call them
 _ATTRIBUTE = "_nora_timestep_rank_hook"
 
 TIMESTEP_RANGES = {
@@ -49,7 +50,7 @@ def attach_timestep_rank(denoiser: nn.Module, num_train_timesteps: float = 1000)
         layers = [layer for _, layer in iter_nora_layers(module) if has_timestep_law(layer)]
         if not layers:
             return
-        latents = args[0] if args else next(iter(kwargs.values()))
+        latents = args[0] if args else next(kwargs[name] for name in _LATENTS if name in kwargs)
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         progress = timestep_progress(timestep, latents, noise, clean)
         for layer in layers:
@@ -87,7 +88,7 @@ def load_adapter(
     path: str | Path,
     adapter_name: str = "default",
     weight: float = 1.0,
-) -> Any:
+) -> int:
     """Load a NoRA or exported LoRA file into a pipeline or model, ready to sample.
 
     Args:
@@ -97,18 +98,18 @@ def load_adapter(
         weight: factor on its effect.
 
     Returns:
-        What ``adapter.files.load_adapter`` returns.
+        Number of adapted modules.
 
     Raises:
         AdapterFileError: when the file is damaged, or does not fit this base.
     """
-    result = files.load_adapter(pipe_or_model, path, adapter_name=adapter_name, weight=weight)
+    modules = files.load_adapter(pipe_or_model, path, adapter_name=adapter_name, weight=weight)
     scheduler = getattr(pipe_or_model, "scheduler", None)
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
     for model in _denoisers(pipe_or_model):
         if any(has_timestep_law(layer) for _, layer in iter_nora_layers(model)):
             attach_timestep_rank(model, steps)
-    return result
+    return modules
 
 
 def has_timestep_law(layer: NoraLayer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import textwrap
@@ -14,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from nora_diffusion import __version__
-from nora_diffusion.adapter.files import adapter_info
+from nora_diffusion.adapter.files import AdapterFileError, adapter_info
+from nora_diffusion.adapter.loading import find_file
 from nora_diffusion.config import UserError, fill_prompt
 from nora_diffusion.denoiser_hooks import load_adapter
 from nora_diffusion.families import load_family
@@ -24,6 +27,7 @@ from nora_diffusion.families.base import (
     resolve_device,
     resolve_dtype,
 )
+from nora_diffusion.families.encoding import check_seeds
 
 ADAPTER_FILE = "adapter.safetensors"
 STEPS, GUIDANCE = 25, 5.0
@@ -53,7 +57,8 @@ def sample_to_folder(
     Args:
         run_or_file: run folder, or adapter file.
         prompts: ``{trigger}`` and ``{class_name}`` are filled in from the adapter.
-        out: folder for the pictures; made if missing.
+        out: folder for the pictures; made if missing. Pictures that are there already are kept:
+            one of the same name is written as ``...-2.png``, and so on.
         n: pictures a prompt.
         seed: of the first picture of each prompt; picture i has seed + i.
         steps: denoising steps; None: 25.
@@ -70,9 +75,13 @@ def sample_to_folder(
         The files, prompt by prompt.
 
     Raises:
-        UserError: when the run has no adapter yet, or no base is known.
+        UserError: when the run has no adapter yet, no base is known, or a number is one that
+            this base cannot draw with.
         AdapterFileError: when the adapter does not fit the base.
     """
+    seeds = range(seed, seed + n)
+    check_seeds(seeds)
+    _check_finite(weight=weight, guidance=guidance or 0.0)
     path = adapter_path(run_or_file)
     info = adapter_info(path)
     family = load_adapted(path, base=base, weight=weight, device=device, dtype=dtype)
@@ -80,7 +89,6 @@ def sample_to_folder(
     texts = [fill_prompt(prompt, *names) for prompt in prompts]
     negative = negative_prompt or ""
     steps, guidance = steps or STEPS, GUIDANCE if guidance is None else guidance
-    seeds = range(seed, seed + n)
     rows = sample_prompts(
         family, texts, seeds, negative_prompt=negative, steps=steps, guidance=guidance,
         width_px=width, height_px=height,
@@ -89,34 +97,34 @@ def sample_to_folder(
         "negative_prompt": negative,
         "steps": steps,
         "guidance": guidance,
-        "adapter": path.resolve().as_posix(),
+        # Names without the rest of the path: pictures are shown to others.
+        "adapter": "/".join(path.resolve().parts[-2:]),
+        "adapter_checksum": info["checksum"],
         "adapter_weight": weight,
-        "base": family.components.base,
+        "base": _shown_base(family.components.base),
         "family": family.name,
     }
     return _write_pictures(Path(out), texts, seeds, rows, made_with)
 
 
 def adapter_path(run_or_file: str | Path) -> Path:
-    """The adapter file of a run folder, or the file itself.
+    """The adapter file of a folder (of a run, an export or any other), or the file itself.
 
     Raises:
         UserError: when there is none.
     """
     path = Path(run_or_file).expanduser()
-    if path.is_file():
-        return path
-    if (path / ADAPTER_FILE).is_file():
-        return path / ADAPTER_FILE
-    if (path / "checkpoints").is_dir():
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a run folder or an adapter file")
+    try:
+        return find_file(path)
+    except AdapterFileError as error:
+        if not (path / "checkpoints").is_dir():
+            raise UserError(str(error)) from error
         raise UserError(
             f"{path}: this run is not finished, so it has no {ADAPTER_FILE} yet; "
             f"finish it with: nora-dreambooth --resume {path}"
-        )
-    raise UserError(
-        f"{path}: no such file, and no folder with {ADAPTER_FILE} in it; give a run folder or an "
-        "adapter file"
-    )
+        ) from error
 
 
 def load_adapted(
@@ -203,7 +211,7 @@ def _write_pictures(
     files: list[Path] = []
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         for seed, image in zip(seeds, row, strict=True):
-            path = picture_path(out, index, prompt, seed)
+            path = _free(picture_path(out, index, prompt, seed))
             files.append(save_png(image, path, {"prompt": prompt, "seed": seed, **made_with}))
     return files
 
@@ -226,8 +234,11 @@ def save_png(image: Image.Image, path: str | Path, origin: dict[str, Any]) -> Pa
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    image.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -318,4 +329,23 @@ def _drawable(text: str, font: Any) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "empty"
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
+    # File systems count bytes (255), and a letter may have four.
+    return words.encode(errors="replace")[:60].decode(errors="ignore") or "empty"
+
+
+def _free(path: Path) -> Path:
+    """The path, or if there is such a file the first of ``name-2``, ``name-3``, ... that is not."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
+
+
+def _shown_base(base: str) -> str:
+    """A base's name for others to read: of a local one its file or folder alone."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
+def _check_finite(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(f"{name} = {number} (--{name}): give a finite number")

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nora_diffusion import load_adapter, load_pipeline, save_adapter
+from nora_diffusion import adapter_info, export_lora, load_adapter, load_pipeline, save_adapter
 from nora_diffusion.config import UserError
 from nora_diffusion.sampling import (
     adapter_path,
     before_after_sheet,
     contact_sheet,
+    picture_path,
     sample_to_folder,
     save_png,
 )
@@ -51,13 +52,15 @@ def test_files_are_the_pipelines_own_pictures_and_say_how_they_were_made(run, tm
             "seed": "6",
             "steps": "2",
             "guidance": "3.0",
-            "adapter": (run / "adapter.safetensors").resolve().as_posix(),
+            "adapter": "run/adapter.safetensors",
+            "adapter_checksum": adapter_info(run)["checksum"],
             "adapter_weight": "1.0",
-            "base": str(run.parent / "base"),
+            "base": "base",
             "Comment": "AI-generated",
         }
         assert expected.items() <= image.text.items()
         assert image.text["Software"].startswith("nora-diffusion ")
+        assert str(run.parent) not in str(image.text)  # nothing of the user's folders
         drawn = np.asarray(image.convert("RGB")).astype(int)
     plain = pipe(
         image.text["prompt"], negative_prompt="ugly", num_inference_steps=2, guidance_scale=3.0,
@@ -99,7 +102,7 @@ def test_size_can_be_chosen(run, tmp_path):
 
 
 def test_what_is_no_run_is_refused_with_the_reason(tmp_path, run):
-    with pytest.raises(UserError, match="no such file, and no folder with adapter.safetensors"):
+    with pytest.raises(UserError, match="this folder has none of adapter.safetensors"):
         adapter_path(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="not finished.*--resume"):
@@ -111,6 +114,59 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path, run):
         sample_to_folder(tmp_path / "anonymous.safetensors", ["a"], tmp_path / "out", **FAST)
     named = {**FAST, "base": str(run.parent / "base"), "n": 1}
     assert sample_to_folder(tmp_path / "anonymous.safetensors", ["a"], tmp_path / "out", **named)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 60}, r"width = 60 \(--width\).*multiple of 8, such as"),
+        ({"height": 3}, r"height = 3 \(--height\).*such as 8"),
+        ({"steps": 1001}, r"steps = 1001 \(--steps\).*give 1 to 1000"),
+        ({"seed": 10**22}, r"seed = 1000.*\(--seed\)"),
+        ({"seed": 2**64 - 1, "n": 2}, r"seed = .*\(--seed\)"),
+        ({"weight": float("nan")}, r"weight = nan \(--weight\)"),
+        ({"guidance": float("inf")}, r"guidance = inf \(--guidance\)"),
+        ({"weight": 1e30}, "NaN or infinity.*--weight"),
+        ({"negative_prompt": "bad \udcff byte"}, "prompt .* character 5 is no valid text"),
+    ],
+)
+def test_numbers_and_texts_that_cannot_be_drawn_are_refused(run, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        sample_to_folder(run, ["a"], tmp_path / "out", **{**FAST, "n": 1, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_there_are_kept(run, tmp_path):
+    names = []
+    for weight in (0.0, 1.0, 0.5):
+        names += sample_to_folder(run, ["a"], tmp_path, weight=weight, **{**FAST, "n": 1})
+    assert [name.name for name in names] == [
+        "00-a-seed0.png",
+        "00-a-seed0-2.png",
+        "00-a-seed0-3.png",
+    ]
+    assert (pixels(names[:1])[0] != pixels(names[1:2])[0]).any()
+
+
+def test_names_of_pictures_fit_every_file_system(tmp_path):
+    for letter in "a", "ü", "狗", "𝒶":
+        path = picture_path(tmp_path, 0, 80 * letter, 2**64 - 1)
+        save_png(solid("red"), path, {})
+        assert path.is_file() and letter in path.name
+    assert picture_path(tmp_path, 3, "A " * 60, 1).name == f"03-{'a-' * 30}-seed1.png"
+
+
+def test_folders_of_exports_are_found(run, tmp_path):
+    base = load_pipeline(run.parent / "base")
+    export_lora(run, tmp_path / "lora" / "pytorch_lora_weights.safetensors", base=base)
+    assert adapter_path(tmp_path / "lora").name == "pytorch_lora_weights.safetensors"
+    assert adapter_info(adapter_path(tmp_path / "lora"))["kind"] == "lora"
+    pipe = tiny_pipeline("sd15")
+    adapt(pipe, text_encoders=False)
+    native = save_adapter(pipe, tmp_path / "a.safetensors")
+    export_lora(native, tmp_path / "peft", "peft", base=pipe)
+    assert adapter_path(tmp_path / "peft").name == "adapter_model.safetensors"
+    assert adapter_path(run) == run / "adapter.safetensors"
 
 
 def solid(colour, size=(16, 16)):
@@ -167,6 +223,8 @@ def test_a_picture_is_whole_or_absent(tmp_path):
     save_png(solid("red"), path, {"prompt": "p"})
     with pytest.raises(AttributeError):
         save_png(None, path, {})  # type: ignore[arg-type]
+    with pytest.raises(UnicodeEncodeError):
+        save_png(solid("red"), path, {"prompt": "\udcff"})
     with Image.open(path) as image:
         assert image.text["prompt"] == "p"
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]

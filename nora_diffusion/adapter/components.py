@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -127,6 +129,26 @@ def check_name_is_free(models: Iterable[nn.Module], adapter_name: str) -> None:
             )
 
 
+def check_arguments(adapter_name: Any, weight: Any) -> None:
+    """Refuse what cannot be an adapter's name or weight.
+
+    Raises:
+        TypeError: the name is no text, or the weight no number.
+        ValueError: an empty name or one with a dot, or a weight that is not finite.
+    """
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name={adapter_name!r}: give a text, such as 'default'")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: a name cannot be empty or have a dot in it, as it "
+            "becomes part of module names; give another one, such as 'default'"
+        )
+    if not isinstance(weight, Real):
+        raise TypeError(f"weight={weight!r}: give a number, such as 1.0")
+    if not math.isfinite(weight):
+        raise ValueError(f"weight={weight!r}: give a finite number, such as 1.0")
+
+
 def inject(
     model: nn.Module, config: PeftConfig, adapter_name: str, parameter_keys: Iterable[str]
 ) -> None:
@@ -144,9 +166,13 @@ def inject(
 
 
 def activate(model: nn.Module, adapter_name: str, weight: float, before: Snapshot) -> None:
-    """Make an added adapter active beside those that were, with `weight` as its scale."""
+    """Make an added adapter active beside those that were, with `weight` as its scale.
+
+    Layers that `disable_lora` or the like had switched off are switched on again.
+    """
     names = [name for name in before.active if name != adapter_name] + [adapter_name]
     for _, layer in tuner_layers(model):
+        layer._disable_adapters = False
         layer.set_adapter(names)
         cast(Any, layer).set_scale(adapter_name, weight)
     before.restore_gradients()
@@ -165,6 +191,7 @@ class Snapshot:
     _children: dict[nn.Module, dict[str, nn.Module | None]]
     _gradients: list[tuple[nn.Parameter, bool]]
     _merged: list[tuple[BaseTunerLayer, list[str]]]
+    _disabled: list[BaseTunerLayer]
     _configs: dict[str, Any] | None
     _flag: Any
 
@@ -174,8 +201,10 @@ class Snapshot:
         configs = getattr(model, "peft_config", None)
         active: list[str] = []
         merged: list[tuple[BaseTunerLayer, list[str]]] = []
+        disabled: list[BaseTunerLayer] = []
         for _, layer in tuner_layers(model):
             merged += [(layer, list(layer.merged_adapters))] if layer.merged else []
+            disabled += [layer] if layer.disable_adapters else []
             active += [name for name in layer.active_adapters if name not in active]
         return cls(
             model=model,
@@ -183,6 +212,7 @@ class Snapshot:
             _children={module: dict(children_of(module)) for module in model.modules()},
             _gradients=[(p, p.requires_grad) for p in model.parameters()],
             _merged=merged,
+            _disabled=disabled,
             _configs=None if configs is None else dict(cast("dict[str, Any]", configs)),
             _flag=getattr(model, "_hf_peft_config_loaded", None),
         )
@@ -212,6 +242,8 @@ class Snapshot:
             model.peft_config.update(self._configs)
         if hasattr(model, "_hf_peft_config_loaded"):
             model._hf_peft_config_loaded = self._flag
+        for layer in self._disabled:
+            layer._disable_adapters = True
         self.restore_gradients()
         for layer, names in self._merged:
             if not layer.merged:  # PEFT unmerges a model before it changes its adapters

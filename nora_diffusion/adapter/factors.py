@@ -9,6 +9,7 @@ singular vectors, but a deterministic one, and ``U^T W = diag(s) V`` holds by co
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ DATA_BASES: tuple[Basis, ...] = ("activation", "gradient")
 
 # torch ships no annotations for its linear algebra.
 _linalg: Any = torch.linalg
+
+_POOL = threading.Lock()  # the thread count is the process's, so one pool at a time changes it
 
 _OVERSAMPLING = 8
 # Shares of the largest singular value. Values closer together than the first have no individual
@@ -153,15 +156,18 @@ def factorise_many(jobs: Sequence[FactorJob], workers: int | None = None) -> lis
         return [run(job) for job in jobs]
     # The largest first, so that no worker starts a long one when the others have finished.
     order = sorted(range(len(jobs)), key=lambda index: -jobs[index].weight.numel())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        # OpenMP keeps its thread count per thread, hence the initializer as well.
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-            futures = {index: pool.submit(run, jobs[index]) for index in order}
-            return [futures[index].result() for index in range(len(jobs))]
-    finally:
-        torch.set_num_threads(threads)
+    with _POOL, ThreadPoolExecutor(1) as fresh:
+        # The count of the process, which a new thread starts with: that of a thread whose first
+        # use of torch fell into another's pool is 1.
+        threads = fresh.submit(torch.get_num_threads).result()
+        torch.set_num_threads(1)
+        try:
+            # OpenMP keeps its thread count per thread, hence the initializer as well.
+            with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+                futures = {index: pool.submit(run, jobs[index]) for index in order}
+                return [futures[index].result() for index in range(len(jobs))]
+        finally:
+            torch.set_num_threads(threads)
 
 
 def seeded_orthonormal(rows: int, columns: int, seed: int, purpose: str) -> Tensor:

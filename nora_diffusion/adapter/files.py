@@ -20,6 +20,7 @@ from . import header
 from .components import (
     activate,
     adapter_names,
+    check_arguments,
     check_name_is_free,
     components_of,
     match_components,
@@ -125,17 +126,18 @@ def load_adapter(
     """Add an adapter from a native or LoRA file; it is active beside those that already are.
 
     Afterwards it is an adapter like any other of PEFT: `pipe.set_adapters`, `fuse_lora`,
-    `delete_adapters` and so on work. A load that fails leaves the models as they were.
+    `delete_adapters` and so on work. Adapters switched off by `disable_lora` and its like are
+    switched on again. A load that fails leaves the models as they were.
 
-    Where a compact file meets base weights that are not, to the byte, those it was trained on
-    (mostly: another dtype), the outer pairs come from the cache on this machine; else the LoRA
-    export `pytorch_lora_weights.safetensors` beside the file is loaded in its place; else the file
-    is refused.
+    Where a compact file meets base weights in another dtype than those it was trained on, the outer
+    pairs come from the cache on this machine; else the LoRA export
+    `pytorch_lora_weights.safetensors` beside the file is loaded in its place; else the file is
+    refused, as it is on another base in the same dtype.
 
     Args:
         pipe_or_model: a diffusers pipeline, or one model.
         path: the file, or a folder with one.
-        adapter_name: a name that is not in use.
+        adapter_name: a name that is not in use, without dots.
         weight: scale of the adapter's effect.
 
     Returns:
@@ -143,7 +145,10 @@ def load_adapter(
 
     Raises:
         AdapterFileError: the file is damaged or does not fit; the message says what to do.
+        ValueError: the name is in use or cannot be one, or the weight is not finite.
+        TypeError: the name is no text, or the weight no number.
     """
+    check_arguments(adapter_name, weight)
     path = find_file(Path(path))
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
@@ -162,9 +167,12 @@ def load_adapter(
         beside = path.with_name(LORA_FILE)
         if not is_export_of(beside, adapter.checksum):
             raise
+        if error.trained == error.present:  # not rounded: another model
+            message = f"{error}; or load {beside.name} beside it by hand, onto whatever base"
+            raise OtherBaseError(message, error.trained, error.present) from None
         warnings.warn(
-            f"{path}: its base weights are not these (another dtype?), so its exact LoRA export "
-            f"{beside.name} is loaded in its place",
+            f"{path}: was trained on weights in {error.trained}, and these are in "
+            f"{error.present}, so its exact LoRA export {beside.name} is loaded in its place",
             stacklevel=2,
         )
         contents = header.read(beside)
@@ -187,9 +195,10 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     Returns:
         `format_version`, `kind` ("native" or "lora"), `portable`, `config` (of the denoiser, or of
         the only model), `base`, `family`, `trigger`, `class_name`, `steps`,
-        `modules` (how many), `trainable_parameters`, `bytes`, `fingerprints_ok` (None without
-        `base` or for a LoRA file), `components` (the same per component) and `metadata` (all that
-        was recorded at saving).
+        `modules` (how many), `trainable_parameters` (numbers in the inner pairs; of a LoRA file
+        the numbers in the LoRA, which are more), `checksum` (of the content), `bytes`,
+        `fingerprints_ok` (None without `base` or for a LoRA file), `components` (the same per
+        component) and `metadata` (all that was recorded at saving).
 
     Raises:
         AdapterFileError: the file is damaged, or was not written by this project.
@@ -219,6 +228,7 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     for key in ("modules", "trainable_parameters"):
         info[key] = sum(part[key] for part in parts.values())
     return info | {
+        "checksum": contents.metadata[header.CHECKSUM_KEY],
         "bytes": path.stat().st_size,
         "fingerprints_ok": ok,
         "components": parts,

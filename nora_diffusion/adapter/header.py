@@ -67,7 +67,14 @@ def read(path: Path) -> Contents:
     try:
         deserialise = cast(Any, safetensors).deserialize
         for name, entry in cast("list[tuple[str, dict[str, Any]]]", deserialise(data)):
-            tensors[name] = _as_tensor(name, entry)
+            if entry["dtype"] not in DTYPES:
+                raise AdapterFileError(
+                    f"{path}: tensor {name!r} is in {entry['dtype']}, which is not read (only "
+                    f"{', '.join(DTYPES)}); convert the file to float16 first"
+                )
+            tensors[name] = _as_tensor(entry)
+    except AdapterFileError:
+        raise
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise damaged(path, str(error)) from error
     recorded = metadata.get(CHECKSUM_KEY)
@@ -187,12 +194,8 @@ def _parse_metadata(path: Path, data: bytes) -> dict[str, str]:
     return entries
 
 
-def _as_tensor(name: str, entry: dict[str, Any]) -> torch.Tensor:
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(
-            f"tensor {name!r} has dtype {entry['dtype']}; allowed: {', '.join(DTYPES)}"
-        )
+def _as_tensor(entry: dict[str, Any]) -> torch.Tensor:
+    dtype = DTYPES[entry["dtype"]]
     shape = cast("list[int]", entry["shape"])
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)

@@ -14,7 +14,6 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 DENOISERS = ("unet", "transformer")
 BARE_MODEL = "model"
 _IN_CLIP = ("embeddings.", "encoder.layers.", "final_layer_norm")
-COMPONENTS = (*DENOISERS, *TEXT_ENCODERS, BARE_MODEL)
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,6 @@ def kohya_name(component: str, module: str, dialect: Dialect) -> str:
             f"this {component!r}; use layout='diffusers'"
         )
     return prefix + path.replace(".", "_")
-
-
-def kohya_aliases(component: str, module: str, dialect: Dialect) -> set[str]:
-    """Every spelling of a module found in kohya-style files, to recognise one when reading."""
-    if component not in ("unet", *TEXT_ENCODERS):
-        return set()
-    names = {kohya_name(component, module, dialect)}
-    flat = module.replace(".", "_")
-    if component == "unet":
-        names.add(f"lora_unet_{flat}")
-    else:
-        prefixes = ("lora_te_", "lora_te1_") if component == "text_encoder" else ("lora_te2_",)
-        clip = text_encoder_path(module).replace(".", "_")
-        names |= {prefix + path for prefix in prefixes for path in (flat, clip)}
-    return names
 
 
 _SGM_FIXED = {

@@ -15,6 +15,8 @@ from .config import timestep_law
 from .outer import OuterFactors
 from .state import NoraState
 
+_WARNED: set[str] = set()  # adapters whose missing timesteps were warned of
+
 
 class NoraLayer(NoraState):
     """Forward pass, merging and export, common to the adapted layer types."""
@@ -47,6 +49,8 @@ class NoraLayer(NoraState):
             if self.scaling[name] == 0:
                 continue
             self.derive_factors(name)
+            if self._progress is None and self.nora_config[name].timestep_rank is not None:
+                _warn_about_missing_progress(name)
             outer, core = self.outer(name), self.core(name, self._progress)
             dropout = self.nora_config[name].dropout if self.training else 0.0
             for index, (other, p, summed) in enumerate(updates):
@@ -288,6 +292,19 @@ class Conv2d(NoraLayer):
 
     def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
         return F.conv2d(hidden, U[:, :, None, None])
+
+
+def _warn_about_missing_progress(adapter_name: str) -> None:
+    """Say that a timestep law has no effect: once, and not from inside a compiled graph."""
+    if torch.compiler.is_compiling() or adapter_name in _WARNED:
+        return
+    _WARNED.add(adapter_name)
+    warnings.warn(
+        f"adapter {adapter_name!r} has timestep_rank, but its layers are not told the timestep, so "
+        "they run at the full inner rank: call nora_diffusion.denoiser_hooks.attach_timestep_rank("
+        "denoiser) once (load_adapter and nora-dreambooth do), or NoraLayer.set_progress",
+        stacklevel=3,
+    )
 
 
 def _active(P: Tensor, progress: Tensor, alpha: float, k_min: int) -> Tensor:

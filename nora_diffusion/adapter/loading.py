@@ -26,7 +26,16 @@ FILE_NAMES = ("adapter.safetensors", LORA_FILE, "adapter_model.safetensors")
 
 
 class OtherBaseError(AdapterFileError):
-    """The base weights are not those that a compact file was trained on."""
+    """The base weights are not those that a compact file was trained on.
+
+    Attributes:
+        trained: number format of the weights in training, such as "bfloat16".
+        present: number format of the weights here. Where it is the same, the base is another model.
+    """
+
+    def __init__(self, message: str, trained: str, present: str) -> None:
+        super().__init__(message)
+        self.trained, self.present = trained, present
 
 
 def add_native(
@@ -202,7 +211,7 @@ def _take_known_factors(
         OtherBaseError: for some module there is neither.
     """
     foreign: list[str] = []
-    present_dtype = ""
+    formats: list[tuple[str, str]] = []  # in training and here, of every component that differs
     for name, component in adapter.components.items():
         present = fingerprints_of(layers[name])
         for module, layer in layers[name].items():
@@ -218,10 +227,15 @@ def _take_known_factors(
                 layer.set_factors(adapter_name, factors)
             elif not own:
                 foreign.append(f"{name}.{module}")
-                present_dtype = dtype_name(layer.base_matrix())
+        if foreign and foreign[-1].startswith(f"{name}."):
+            # Of the first layer, as it was recorded.
+            formats.append((component.base_dtype, number_format(next(iter(layers[name].values())))))
     if foreign:
         total = sum(len(component.modules) for component in adapter.components.values())
-        raise OtherBaseError(_other_base_message(path, adapter, foreign, total, present_dtype))
+        # One component in its own format that differs is enough to be another model.
+        trained, present = next((pair for pair in formats if pair[0] == pair[1]), formats[0])
+        message = _other_base_message(path, adapter, foreign, total, trained, present)
+        raise OtherBaseError(message, trained, present)
 
 
 def _is_rounding_of(weight: Tensor, factors: Factors) -> bool:
@@ -240,10 +254,8 @@ def _is_rounding_of(weight: Tensor, factors: Factors) -> bool:
 
 
 def _other_base_message(
-    path: Path, adapter: NativeAdapter, foreign: list[str], total: int, present: str
+    path: Path, adapter: NativeAdapter, foreign: list[str], total: int, trained: str, present: str
 ) -> str:
-    component = foreign[0].partition(".")[0]
-    trained = adapter.components[component].base_dtype
     base = adapter.about.get("base") or "its base model"
     if trained != present:
         cure = (
@@ -307,6 +319,12 @@ def saved_modules(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
             if adapter_name in copies:
                 found[name] = cast(nn.Module, copies[adapter_name])
     return found
+
+
+def number_format(layer: NoraLayer) -> str:
+    """Number format of a layer's weight, e.g. "bfloat16" or "bfloat16, quantised"."""
+    quantised = ", quantised" if layer.quantization_backend is not None else ""
+    return dtype_name(layer.base_matrix()) + quantised
 
 
 def dtype_name(tensor: Tensor) -> str:

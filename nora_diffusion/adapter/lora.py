@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +59,8 @@ def export_lora(
         `out`.
 
     Raises:
-        ValueError: an unknown layout or dtype, or a layout without names for this model.
+        ValueError: an unknown layout or dtype, a layout without names for this model, or an `out`
+            that would overwrite the adapter itself or is a folder where a file is written.
         AdapterFileError: the file is damaged, or does not fit the base.
     """
     if layout not in LAYOUTS:
@@ -72,6 +73,7 @@ def export_lora(
         raise AdapterFileError(f"{path}: not a native adapter; give the file of save_adapter")
     adapter = parse_native(path, contents, fields)
     _check_exportable(path, adapter)
+    _check_out(path, out, layout, list(adapter.components))
     base = open_base(base, adapter)
     targets = components_of(base)
     matched = match_components(adapter.components, targets, str(path))
@@ -102,6 +104,27 @@ def _check_exportable(path: Path, adapter: NativeAdapter) -> None:
                 f"{path}: {name} has fully trained modules ({', '.join(component.saved)}), which a "
                 "LoRA file cannot hold; use the native file, or train without modules_to_save"
             )
+
+
+def _check_out(path: Path, out: Path, layout: str, names: Sequence[str]) -> None:
+    files = peft_files(out, names).values() if layout == "peft" else [out]
+    for file in files:
+        if file.is_dir():
+            raise ValueError(
+                f"{file}: is a folder; give a file name, as in {file / 'lora'}.safetensors"
+            )
+        if file.exists() and file.samefile(path):
+            raise ValueError(
+                f"{file}: is the adapter itself, which the export would overwrite; give another "
+                "file name" + (", or a folder of its own" if layout == "peft" else "")
+            )
+
+
+def peft_files(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The weight files of layout "peft" by component: `out` itself, in it, or in subfolders."""
+    if out.suffix == ".safetensors":
+        return dict.fromkeys(names, out)
+    return {name: (out if len(names) == 1 else out / name) / PEFT_WEIGHTS for name in names}
 
 
 def _exact_pairs(
@@ -157,11 +180,8 @@ def _write_peft(
             f"{out}: layout 'peft' has one adapter a model, and this file adapts "
             f"{', '.join(pairs)}; give a folder"
         )
-    for name, found in pairs.items():
-        if out.suffix == ".safetensors":
-            file = out
-        else:
-            file = (out if len(pairs) == 1 else out / name) / PEFT_WEIGHTS
+    for name, file in peft_files(out, list(pairs)).items():
+        found = pairs[name]
         tensors = lora_file.encode({name: found}, "peft", Dialect(), dtype)
         fields = {**common, "components": {name: entries[name]}}
         header.write(file, tensors, {"format": "pt", **header_metadata(fields)})

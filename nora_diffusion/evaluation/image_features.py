@@ -1,8 +1,7 @@
 """EffNet-Lite2 image features: an offline stand-in for DINO, named as what it is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,3 @@ def mean_pairwise_cosine(a: torch.Tensor, b: torch.Tensor | None = None) -> floa
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """uint8 pictures (N, 3, H, W) -> PIL images."""
     return [Image.fromarray(i.permute(1, 2, 0).cpu().numpy()) for i in images]
-
-
-def read_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Opens pictures as RGB."""
-    return [Image.open(path).convert("RGB") for path in paths]

@@ -57,16 +57,23 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
     Args:
         base: ``"mini"`` (built in), a Hugging Face id, a diffusers folder, or one .safetensors
             file in the original Stable Diffusion layout (read without any download).
-        kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``, such as ``dtype``;
-            for a single SD 2.x file also ``prediction_type="epsilon" | "v_prediction"``, which is
-            otherwise found out from the weights.
+        kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``, such as ``dtype``
+            (also under its older name ``torch_dtype``); for a single SD 2.x file also
+            ``prediction_type="epsilon" | "v_prediction"``, which is otherwise found out from
+            the weights.
 
     Raises:
         UserError: when there is no such base, or none of a family this package knows.
     """
+    if "torch_dtype" in kwargs:
+        if "dtype" in kwargs:
+            raise UserError("dtype and torch_dtype are two names of one setting; give dtype alone")
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
     source = locate(base)
     with _quiet(source):
-        return family_class(detect_family(source)).load_pipeline(source, **kwargs)
+        pipe = family_class(detect_family(source)).load_pipeline(source, **kwargs)
+    _name_parts(pipe, _lasting_name(source))
+    return pipe
 
 
 def load_family(
@@ -86,9 +93,8 @@ def load_family(
                 f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
             )
         loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
-    if isinstance(source, Path):  # as another working folder would have to name it
-        shipped = source.parent == ASSETS
-        loaded.components.base = source.name if shipped else str(source.resolve())
+    loaded.components.base = _lasting_name(source)
+    _name_parts(loaded.components.pipeline, loaded.components.base)
     return loaded
 
 
@@ -162,6 +168,24 @@ def detect_family(source: Any) -> str:
             f"{', '.join(PIPELINES)}"
         )
     return PIPELINES[class_name]
+
+
+def _lasting_name(source: str | Path) -> str:
+    """What a located base is called in any working folder; a built-in one on any machine."""
+    if isinstance(source, str):
+        return source
+    return source.name if source.parent == ASSETS else str(source.resolve())
+
+
+def _name_parts(pipe: Any, base: str) -> None:
+    """Tell a pipeline and its models what they were loaded from, for adapters saved from them."""
+    from torch import nn
+
+    for part in (pipe, *(part for part in pipe.components.values() if isinstance(part, nn.Module))):
+        if hasattr(part, "register_to_config"):  # of diffusers, whose configs are frozen
+            part.register_to_config(_name_or_path=base)
+        elif hasattr(part, "config"):
+            part.config._name_or_path = base
 
 
 def _quiet(source: str | Path) -> AbstractContextManager[None]:

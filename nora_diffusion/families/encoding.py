@@ -5,6 +5,7 @@ Plain functions on one tokenizer, encoder or autoencoder; each family joins what
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,18 @@ def tokenize(
         tokenizer: of transformers.
         prompts: the B prompts.
         max_length: S; None: what the tokenizer says.
+
+    Raises:
+        UserError: when a prompt is no valid text.
     """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # a byte of the command line that was not UTF-8
+            raise UserError(
+                f"prompt {prompt!r}: character {error.start + 1} is no valid text; give the prompt "
+                "as UTF-8"
+            ) from None
     limit = max_length or int(tokenizer.model_max_length)
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
@@ -153,7 +165,7 @@ def draw_images(pipe: Any, seeds: Sequence[int], **settings: Any) -> list[Image.
     """The images of B seeds by a pipeline; settings as for ``draw_latents``.
 
     Raises:
-        ValueError: when the denoiser answers NaN or infinity.
+        UserError: as ``draw_latents`` and ``decode_images``.
     """
     return decode_images(pipe, draw_latents(pipe, seeds, **settings))
 
@@ -168,7 +180,12 @@ def draw_latents(
     height_px: int,
     **conditioning: Any,
 ) -> Tensor:
-    """What a pipeline draws from B seeds, under what ``conditioning`` tells it, not yet decoded."""
+    """What a pipeline draws from B seeds, under what ``conditioning`` tells it, not yet decoded.
+
+    Raises:
+        UserError: when the base has too few timesteps or cannot draw in this size.
+    """
+    _check_drawable(pipe, steps, width_px, height_px)
     return pipe(
         generator=generators(seeds),
         num_inference_steps=steps,
@@ -180,17 +197,35 @@ def draw_latents(
     ).images
 
 
+def _check_drawable(pipe: Any, steps: int, width_px: int, height_px: int) -> None:
+    most = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise UserError(f"steps = {steps} (--steps): this base has {most}; give 1 to {most}")
+    # Whole patches of whole latents (Flux and Z-Image tell them through their image processor),
+    # and diffusers' own 8.
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    patch = denoiser.config.get("patch_size") or 1
+    multiple = math.lcm(8, pipe.image_processor.config.vae_scale_factor * patch)
+    for name, side in (("width", width_px), ("height", height_px)):
+        if side < 1 or side % multiple:
+            near = max(1, round(side / multiple)) * multiple
+            raise UserError(
+                f"{name} = {side} (--{name}): this base draws in steps of {multiple} px; give a "
+                f"multiple of {multiple}, such as {near}"
+            )
+
+
 @torch.no_grad()
 def decode_images(pipe: Any, latents: Tensor) -> list[Image.Image]:
     """The images of B latents as a sampler left them.
 
     Raises:
-        ValueError: when they hold NaN or infinity (else the images would be black).
+        UserError: when they hold NaN or infinity (else the images would be black).
     """
     if not torch.isfinite(latents).all():
-        raise ValueError(
-            "sampling gave NaN or infinity: use model.dtype (--dtype) fp32 or bf16, or an "
-            "adapter trained with a lower train.learning_rate"
+        raise UserError(
+            "sampling gave NaN or infinity: use model.dtype (--dtype) fp32 or bf16, a smaller "
+            "--weight or --guidance, or an adapter trained with a lower train.learning_rate"
         )
     vae = pipe.vae.to(latents.device)
     latents = latents.to(vae.dtype) / _scale(vae) + _shift(vae)
@@ -198,8 +233,25 @@ def decode_images(pipe: Any, latents: Tensor) -> list[Image.Image]:
     return pipe.image_processor.postprocess(images, output_type="pil")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that torch does not take.
+
+    Raises:
+        UserError: when one has more than 64 bits.
+    """
+    least, most = -(2**63), 2**64 - 1
+    for seed in seeds:
+        if not least <= seed <= most:
+            raise UserError(f"seed = {seed} (--seed): give {least} to {most}")
+
+
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator a picture, on the CPU, so that it is the same in any batch on any device."""
+    """One generator a picture, on the CPU, so that it is the same in any batch on any device.
+
+    Raises:
+        UserError: as ``check_seeds``.
+    """
+    check_seeds(seeds)
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 

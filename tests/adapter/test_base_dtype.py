@@ -135,6 +135,21 @@ def test_a_lora_of_another_adapter_beside_the_file_is_not_taken(tmp_path, monkey
         load_adapter(tiny_pipeline(), path)
 
 
+def test_another_base_of_the_same_dtype_is_refused_though_a_lora_lies_beside(tmp_path):
+    _, path, pipe = trained_in(torch.float32, tmp_path / "adapter.safetensors")
+    lora = export_lora(path, tmp_path / "pytorch_lora_weights.safetensors", base=pipe)
+    other = tiny_pipeline(seed=1)
+    with pytest.raises(AdapterFileError, match="Load it on that base.*load pytorch_lora.* by hand"):
+        load_adapter(other, path)
+    assert adapted_modules(other) == 0
+    # One model of the pipeline is enough, whatever the dtype of the others.
+    mixed = tiny_pipeline(seed=1)
+    mixed.unet.to(torch.bfloat16)
+    with pytest.raises(AdapterFileError, match="Load it on that base"):
+        load_adapter(mixed, path)
+    assert load_adapter(other, lora) > 0
+
+
 # ---- files that must be portable -----------------------------------------------------------------
 
 

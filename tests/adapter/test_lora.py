@@ -212,3 +212,29 @@ def test_export_under_a_timestep_law_is_taken_at_the_full_rank_and_says_so(tmp_p
     for name, layer in iter_nora_layers(pipe.unet):
         update = layers[name].get_delta_weight("lora")
         assert distance(update, layer.get_delta_weight("default")) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_an_export_never_overwrites_the_adapter(tmp_path, layout):
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False)
+    native = save_adapter(pipe, tmp_path / "adapter_model.safetensors")
+    before = native.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(native)
+    outs = [native, tmp_path / "link.safetensors", tmp_path / "." / native.name]
+    outs += [tmp_path] if layout == "peft" else []
+    for out in outs:
+        with pytest.raises(ValueError, match="is the adapter itself"):
+            export_lora(tmp_path, out, layout, base=pipe)
+    assert native.read_bytes() == before
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False)
+    native = save_adapter(pipe, tmp_path / "a.safetensors")
+    (tmp_path / "out").mkdir()
+    for layout in ("diffusers", "kohya"):
+        with pytest.raises(ValueError, match="is a folder; give a file name"):
+            export_lora(native, tmp_path / "out", layout, base=pipe)
+    assert list((tmp_path / "out").iterdir()) == []
