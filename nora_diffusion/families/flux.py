@@ -68,9 +68,9 @@ class Flux:
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
         """The pipeline of a folder, hub id, or file with the transformer, on the CPU."""
         if isinstance(source, Path) and source.is_file():
-            from nora_diffusion.families.flux_file import load_flux_file
+            from nora_diffusion.families.transformer_file import load_transformer_file
 
-            return load_flux_file(source, **kwargs)
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod

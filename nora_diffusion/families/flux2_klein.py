@@ -67,7 +67,11 @@ class Flux2Klein:
 
     @staticmethod
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-        """The pipeline of a folder or hub id, on the CPU."""
+        """The pipeline of a folder, hub id, or file with the transformer, on the CPU."""
+        if isinstance(source, Path) and source.is_file():
+            from nora_diffusion.families.transformer_file import load_transformer_file
+
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod

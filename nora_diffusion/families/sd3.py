@@ -56,7 +56,14 @@ class StableDiffusion3:
 
     @staticmethod
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-        """The pipeline of a folder or hub id, on the CPU; ``text_encoder_3=None`` is allowed."""
+        """The pipeline of a folder, hub id, or file with the transformer, on the CPU.
+
+        ``text_encoder_3=None`` leaves T5 out.
+        """
+        if isinstance(source, Path) and source.is_file():
+            from nora_diffusion.families.transformer_file import load_transformer_file
+
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod
