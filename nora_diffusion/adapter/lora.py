@@ -93,15 +93,16 @@ def export_lora(
     if any(component.config.timestep_rank is not None for component in adapter.components.values()):
         common["note"] = _FULL_RANK
         warnings.warn(f"{path}: {_FULL_RANK}", stacklevel=2)
+    dialect = lora_file.dialect_of(targets)
+    architecture = _architecture(base, dialect)
     if layout == "peft":
-        return _write_peft(out, base, pairs, matched, entries, common, dtype)
+        return _write_peft(out, pairs, matched, entries, common, architecture, dtype)
     named = {lora_file.component_name(name, matched[name]): pairs[name] for name in pairs}
     fields = {**common, "components": dict(zip(named, entries.values(), strict=True))}
-    dialect = lora_file.dialect_of(targets)
     models = {lora_file.component_name(name, model): model for name, model in matched.items()}
     named = lora_file.in_layout(named, models, layout, dialect)
     tensors = lora_file.encode(named, layout, dialect, dtype)
-    metadata = header_metadata(fields) | _shared_metadata(out, base, named, dialect, fields)
+    metadata = header_metadata(fields) | _shared_metadata(out, named, fields, architecture)
     return header.write(out, tensors, metadata)
 
 
@@ -156,11 +157,11 @@ def _component_entries(
 
 def _write_peft(
     out: Path,
-    base: Any,
     pairs: Mapping[str, Pairs],
     models: Mapping[str, nn.Module],
     entries: Mapping[str, dict[str, Any]],
     common: dict[str, Any],
+    architecture: Mapping[str, str],
     dtype: torch.dtype,
 ) -> Path:
     if out.suffix == ".safetensors" and len(pairs) > 1:
@@ -175,7 +176,7 @@ def _write_peft(
             file = (out if len(pairs) == 1 else out / name) / PEFT_WEIGHTS
         tensors = lora_file.encode({name: found}, "peft", Dialect(), dtype)
         fields = {**common, "components": {name: entries[name]}}
-        shared = _shared_metadata(out, base, {name: found}, Dialect(), fields)
+        shared = _shared_metadata(out, {name: found}, fields, architecture)
         header.write(file, tensors, shared | header_metadata(fields))
         config = cast("dict[str, Any]", lora_file.lora_config(models[name], found).to_dict())
         text = json.dumps(config, default=sorted, indent=2, sort_keys=True)
@@ -185,10 +186,9 @@ def _write_peft(
 
 def _shared_metadata(
     out: Path,
-    base: Any,
     pairs: Mapping[str, Pairs],
-    dialect: Dialect,
     fields: Mapping[str, Any],
+    architecture: Mapping[str, str],
 ) -> dict[str, str]:
     """What A1111, ComfyUI and model sites read of a LoRA file (modelspec and kohya's ss_ keys)."""
     ranks = {lora_A.shape[0] for found in pairs.values() for lora_A, _ in found.values()}
@@ -207,7 +207,7 @@ def _shared_metadata(
         "ss_sd_model_name": fields.get("base"),
         "ss_steps": fields.get("steps"),
         "ss_training_comment": fields.get("note"),
-        **_architecture(base, dialect),
+        **architecture,
     }
     if trigger := fields.get("trigger"):
         # A1111 offers the most frequent tags as the words to prompt with.
@@ -230,10 +230,8 @@ def _architecture(base: Any, dialect: Dialect) -> dict[str, str]:
         architecture, more["ss_base_model_version"] = names
         architecture += _variant(architecture, part("transformer").config)
     elif dialect.sdxl:
-        architecture, more["ss_base_model_version"] = (
-            "stable-diffusion-xl-v1-base",
-            "sdxl_base_v1-0",
-        )
+        architecture = "stable-diffusion-xl-v1-base"
+        more["ss_base_model_version"] = "sdxl_base_v1-0"
     elif width == 768:
         architecture = "stable-diffusion-v1"
         more = {"ss_base_model_version": "sd_v1", "ss_v2": "False"}

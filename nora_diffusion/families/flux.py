@@ -95,7 +95,7 @@ class Flux:
         encoding.check_size(pixels, pipe.vae_scale_factor * PATCH)
         return encoding.encode_images(pipe.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to T5's states (B, S, D), and CLIP's summary of each, (B, P)."""
         pipe = self.components.pipeline
         _, pooled = encoding.clip_states(pipe.tokenizer, pipe.text_encoder, prompts)

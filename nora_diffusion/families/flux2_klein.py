@@ -101,7 +101,7 @@ class Flux2Klein:
         std = (variance + pipe.vae.config.batch_norm_eps).sqrt()
         return (patches - mean[:, None, None]) / std[:, None, None]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, S, 3 D): three layers of Qwen3 side by side, padding included."""
         pipe = self.components.pipeline
         texts = encoding.as_chat(pipe.tokenizer, prompts, thinking=False)

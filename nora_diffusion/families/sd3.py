@@ -86,7 +86,7 @@ class StableDiffusion3:
         """(B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, 77 + 256, D) and the pooled answers of both CLIPs, (B, P).
 
         The CLIPs' states stand side by side in the first tokens, filled up with zeros to the width

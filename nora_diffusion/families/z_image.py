@@ -77,7 +77,7 @@ class ZImage:
         encoding.check_size(pixels, pipe.vae_scale_factor * PATCH)
         return encoding.encode_images(pipe.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to the last but one layer's states (B, S, D) and a mask (B, S); padding is 0.
 
         The prompt is what a user says in a chat, to which the model is about to answer.

@@ -107,7 +107,7 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         conditioning=_encode_prompts(family, prompts),
         class_conditioning=_encode_prompts(family, [class_prompt(data.class_name)]),
         scenes=_encode_prompts(family, scene_prompts(cfg)),
-        negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
+        negative=_encode_prompts(family, [cfg.sample.negative_prompt], negative=True),
         digest=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
     )
 
@@ -177,8 +177,8 @@ def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) ->
 
 
 @torch.no_grad()
-def _encode_prompts(family: Family, prompts: Sequence[str]) -> Conditioning:
+def _encode_prompts(family: Family, prompts: Sequence[str], negative: bool = False) -> Conditioning:
     # One at a time: in a batch the last bits would depend on the other prompts, and a resumed run
     # may have other sample.prompts.
-    encoded = [family.encode_prompts([prompt]) for prompt in prompts]
+    encoded = [family.encode_prompts([prompt], negative) for prompt in prompts]
     return Conditioning.cat(encoded)

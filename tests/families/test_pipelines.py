@@ -25,7 +25,10 @@ from tests.families.rows import ROWS, adapt, predict
 from tests.tiny import distance
 
 ROW = {row.config: row for row in ROWS}
-every_family = pytest.mark.parametrize("name", ROW)
+OTHER_BASES = ("sd2", "sd35_medium", "flux_schnell")
+"""Further bases of a family, tested in the long run alone."""
+ONE_EACH = [name for name in ROW if name not in OTHER_BASES]
+every_base = pytest.mark.parametrize("name", ROW)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,14 @@ def far(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.config}-{task.name}")
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=[pytest.mark.slow] if task.config in OTHER_BASES else [])
+        for task in TASKS
+    ],
+    ids=lambda task: f"{task.config}-{task.name}",
+)
 def test_the_same_adapter_works_in_another_pipeline_as_does_its_lora(task, files):
     row = ROW[task.config]
     native, lora = files(task.config)
@@ -179,8 +189,9 @@ def test_the_control_net_counts_beside_an_adapter(task, files):
 # ---- offloading ----------------------------------------------------------------------------------
 
 
-@every_family
-@pytest.mark.parametrize("first", ["adapter", "offload"])
+@pytest.mark.parametrize(
+    ("name", "first"), [("sd15", "adapter"), *((name, "offload") for name in ONE_EACH)]
+)
 def test_an_adapter_works_under_the_hooks_of_model_offload(name, first, files):
     """diffusers permits the CPU as the device that models move to; GPUs have the test below."""
     row, native = ROW[name], files(name)[0]
@@ -202,7 +213,7 @@ def test_an_adapter_works_under_the_hooks_of_model_offload(name, first, files):
 
 
 @pytest.mark.gpu
-@every_family
+@every_base
 def test_an_adapter_moves_to_the_device_and_back_with_model_offload(name, files):
     row, native = ROW[name], files(name)[0]
     plain = row.build().to("cuda")
@@ -242,13 +253,13 @@ def check_compiled(name: str, files: Any, backend: str) -> None:
     assert distance(expected, base) > 1e-3
 
 
-@every_family
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_a_denoiser_with_an_adapter_is_traced_to_the_same_answer(name, files):
     check_compiled(name, files, "eager")
 
 
 @pytest.mark.slow
-@every_family
+@every_base
 def test_a_denoiser_with_an_adapter_compiles_to_the_same_answer(name, files):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
