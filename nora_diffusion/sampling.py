@@ -165,7 +165,8 @@ def sample_prompts(
 ) -> list[list[Image.Image]]:
     """Pictures of every prompt with every seed: a row for each prompt."""
     return sample_conditioning(
-        family, family.encode_prompts(prompts), family.encode_prompts([negative_prompt]), seeds,
+        family, family.encode_prompts(prompts),
+        family.encode_prompts([negative_prompt], negative=True), seeds,
         steps=steps, guidance=guidance, width_px=width_px, height_px=height_px,
     )  # fmt: skip
 

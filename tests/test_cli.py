@@ -1,6 +1,7 @@
 """The two commands, as a user meets them."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,9 +60,22 @@ def refused(capsys, *argv: str) -> str:
 
 
 @pytest.mark.parametrize("name", shipped_configs())
-def test_dry_run_prints_the_resolved_config_and_writes_nothing(name, settings, tmp_path, capsys):
-    config = dry_run(capsys, name, *settings, "--train.steps", "7")
-    assert config == load_config(name, [*settings, "--train.steps", "7"])
+def test_a_shipped_configs_launch_command_dry_runs_offline_and_writes_nothing(
+    name, photos, tmp_path, capsys, monkeypatch
+):
+    """Its first line as it stands, but for the photos: the settings, and how much memory."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    first = shipped_configs()[name].read_text(encoding="utf-8").splitlines()[0]
+    words = shlex.split(first.removeprefix("# nora-dreambooth "))
+    assert words[0] == name
+    words[words.index("--data.subject") + 1] = str(photos)
+    words += ["--model.device", "cpu", "--train.steps", "7"]
+    assert main_dreambooth([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    config = validate(DreamboothConfig, tomllib.loads(out), "dry run")
+    assert config == load_config(name, words[1:])
+    assert "# predicted memory: " in out and "unknown" not in out
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 

@@ -24,13 +24,13 @@ class Dialect:
         sdxl: SDXL files name UNet blocks as the original (SGM) code does and number the text
             encoders; SD 1.x and 2.x files use the diffusers block names and one `te`.
         layers_per_block: resnets in each block of the UNet, which the SGM numbering counts.
-        flux: Flux.1 files name the layers of the original code (`flux_keys`), and number the text
-            encoders as SDXL files do.
+        transformer: "flux" or "sd3" where files name the layers of the transformer's original code
+            (`original_keys`) and number the text encoders as SDXL files do, else "".
     """
 
     sdxl: bool = False
     layers_per_block: int = 2
-    flux: bool = False
+    transformer: str = ""
 
 
 def text_encoder_path(module: str) -> str:
@@ -52,7 +52,7 @@ def kohya_name(component: str, module: str, dialect: Dialect) -> str:
 
     Args:
         component: name of the model in its pipeline.
-        module: path in it; in the transformer of Flux.1 a layer of the original code.
+        module: path in it; in a transformer a layer of the original code.
         dialect: of the names.
 
     Raises:
@@ -61,15 +61,15 @@ def kohya_name(component: str, module: str, dialect: Dialect) -> str:
     if component == "unet":
         path = sgm_path(module, dialect.layers_per_block) if dialect.sdxl else module
         prefix = "lora_unet_"
-    elif component == "transformer" and dialect.flux:
+    elif component == "transformer" and dialect.transformer:
         path, prefix = module, "lora_unet_"
     elif component in TEXT_ENCODERS:
         path = text_encoder_path(module)
-        numbered = dialect.sdxl or dialect.flux
+        numbered = dialect.sdxl or dialect.transformer
         prefix = f"lora_te{TEXT_ENCODERS.index(component) + 1 if numbered else ''}_"
     else:
         raise ValueError(
-            f"layout 'kohya' names the modules of SD 1.x, SD 2.x, SDXL and Flux.1, not of "
+            f"layout 'kohya' names the modules of SD 1.x, 2.x, SDXL, SD 3 and Flux.1, not of "
             f"this {component!r}; use layout='diffusers'"
         )
     return prefix + path.replace(".", "_")

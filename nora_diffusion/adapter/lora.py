@@ -30,6 +30,16 @@ __all__ = ["LAYOUTS", "export_lora"]
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _ADAPTER_NAME = "nora_export"
+# Class of the transformer to its names in modelspec and in kohya's metadata. The programs that have
+# names for the last four do not agree on them; these are the plain ones.
+_TRANSFORMERS = {
+    "FluxTransformer2DModel": ("flux-1", "flux1"),
+    "SD3Transformer2DModel": ("stable-diffusion-3", "sd3"),
+    "Flux2Transformer2DModel": ("flux-2-klein", "flux2_klein"),
+    "ZImageTransformer2DModel": ("z-image", "z_image"),
+    "PixArtTransformer2DModel": ("pixart-sigma", "pixart_sigma"),
+    "SanaTransformer2DModel": ("sana", "sana"),
+}
 _FULL_RANK = "trained with timestep_rank; the export is taken at the full inner rank"
 
 
@@ -50,7 +60,7 @@ def export_lora(
         out: file to write. For layout "peft" the folder of the PEFT adapter (with one subfolder a
             component if there are several), or its file `adapter_model.safetensors`.
         layout: "diffusers" (`pipe.load_lora_weights`), "kohya" (A1111, Forge, ComfyUI,
-            sd-scripts; SD 1.x, 2.x, SDXL and Flux.1) or "peft" (`PeftModel.from_pretrained`).
+            sd-scripts; SD 1.x, 2.x, SDXL, SD 3 and Flux.1) or "peft" (`PeftModel.from_pretrained`).
         base: the base model it was trained on: a loaded pipeline or model (left as it is), or what
             `load_pipeline` takes.
         dtype: dtype of the file; None keeps the one of the inner pair.
@@ -85,15 +95,16 @@ def export_lora(
     if any(component.config.timestep_rank is not None for component in adapter.components.values()):
         common["note"] = _FULL_RANK
         warnings.warn(f"{path}: {_FULL_RANK}", stacklevel=2)
+    dialect = lora_file.dialect_of(targets)
+    architecture = _architecture(base, dialect)
     if layout == "peft":
-        return _write_peft(out, pairs, matched, entries, common, dtype)
+        return _write_peft(out, pairs, matched, entries, common, architecture, dtype)
     named = {lora_file.component_name(name, matched[name]): pairs[name] for name in pairs}
     fields = {**common, "components": dict(zip(named, entries.values(), strict=True))}
-    dialect = lora_file.dialect_of(targets)
     models = {lora_file.component_name(name, model): model for name, model in matched.items()}
     named = lora_file.in_layout(named, models, layout, dialect)
     tensors = lora_file.encode(named, layout, dialect, dtype)
-    metadata = header_metadata(fields) | _shared_metadata(out, base, named, dialect, fields)
+    metadata = header_metadata(fields) | _shared_metadata(out, named, fields, architecture)
     return header.write(out, tensors, metadata)
 
 
@@ -173,6 +184,7 @@ def _write_peft(
     models: Mapping[str, nn.Module],
     entries: Mapping[str, dict[str, Any]],
     common: dict[str, Any],
+    architecture: Mapping[str, str],
     dtype: torch.dtype,
 ) -> Path:
     if out.suffix == ".safetensors" and len(pairs) > 1:
@@ -184,7 +196,8 @@ def _write_peft(
         found = pairs[name]
         tensors = lora_file.encode({name: found}, "peft", Dialect(), dtype)
         fields = {**common, "components": {name: entries[name]}}
-        header.write(file, tensors, {"format": "pt", **header_metadata(fields)})
+        shared = _shared_metadata(out, {name: found}, fields, architecture)
+        header.write(file, tensors, shared | header_metadata(fields))
         config = cast("dict[str, Any]", lora_file.lora_config(models[name], found).to_dict())
         text = json.dumps(config, default=sorted, indent=2, sort_keys=True)
         header.write_atomically(file.with_name(PEFT_CONFIG), text.encode())
@@ -193,10 +206,9 @@ def _write_peft(
 
 def _shared_metadata(
     out: Path,
-    base: Any,
     pairs: Mapping[str, Pairs],
-    dialect: Dialect,
     fields: Mapping[str, Any],
+    architecture: Mapping[str, str],
 ) -> dict[str, str]:
     """What A1111, ComfyUI and model sites read of a LoRA file (modelspec and kohya's ss_ keys)."""
     ranks = {lora_A.shape[0] for found in pairs.values() for lora_A, _ in found.values()}
@@ -215,7 +227,7 @@ def _shared_metadata(
         "ss_sd_model_name": fields.get("base"),
         "ss_steps": fields.get("steps"),
         "ss_training_comment": fields.get("note"),
-        **_architecture(base, dialect),
+        **architecture,
     }
     if trigger := fields.get("trigger"):
         # A1111 offers the most frequent tags as the words to prompt with.
@@ -226,29 +238,38 @@ def _shared_metadata(
 
 def _architecture(base: Any, dialect: Dialect) -> dict[str, str]:
     """Names of the base's architecture, where it is one that has names."""
-    if dialect.flux:
-        transformer: Any = base if isinstance(base, nn.Module) else base.transformer
-        kind = "dev" if transformer.config.guidance_embeds else "schnell"
-        return {
-            "modelspec.architecture": f"flux-1-{kind}/lora",
-            "ss_base_model_version": "flux1",
-        }
-    unet: Any = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
-    width = getattr(getattr(unet, "config", None), "cross_attention_dim", None)
+
+    def part(name: str) -> Any:
+        return base if isinstance(base, nn.Module) else getattr(base, name, None)
+
     scheduler = getattr(getattr(base, "scheduler", None), "config", None)
     prediction = getattr(scheduler, "prediction_type", None)
-    found: dict[str, str] = {}
-    if dialect.sdxl:
-        found["modelspec.architecture"] = "stable-diffusion-xl-v1-base/lora"
-        found["ss_base_model_version"] = "sdxl_base_v1-0"
+    width = getattr(getattr(part("unet"), "config", None), "cross_attention_dim", None)
+    architecture, more = "", {}
+    if names := _TRANSFORMERS.get(type(part("transformer")).__name__):
+        architecture, more["ss_base_model_version"] = names
+        architecture += _variant(architecture, part("transformer").config)
+    elif dialect.sdxl:
+        architecture = "stable-diffusion-xl-v1-base"
+        more["ss_base_model_version"] = "sdxl_base_v1-0"
     elif width == 768:
-        found["modelspec.architecture"] = "stable-diffusion-v1/lora"
-        found |= {"ss_base_model_version": "sd_v1", "ss_v2": "False"}
+        architecture = "stable-diffusion-v1"
+        more = {"ss_base_model_version": "sd_v1", "ss_v2": "False"}
     elif width == 1024:
         kind = "768-v" if prediction == "v_prediction" else "512"
-        found["modelspec.architecture"] = f"stable-diffusion-v2-{kind}/lora"
-        found |= {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
+        architecture = f"stable-diffusion-v2-{kind}"
+        more = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
     names = {"v_prediction": "v", "epsilon": "epsilon"}
     if prediction in names:
-        found["modelspec.prediction_type"] = names[prediction]
-    return found
+        more["modelspec.prediction_type"] = names[prediction]
+    return more | ({"modelspec.architecture": f"{architecture}/lora"} if architecture else {})
+
+
+def _variant(architecture: str, config: Any) -> str:
+    if architecture == "flux-1":
+        return "-dev" if config.guidance_embeds else "-schnell"
+    if architecture == "stable-diffusion-3":
+        if config.qk_norm is None:
+            return "-m"
+        return "-5-large" if config.num_layers > 24 else "-5-medium"
+    return ""

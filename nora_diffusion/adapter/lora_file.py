@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import flux_keys, header
+from . import header, original_keys
 from .components import (
     activate,
     adaptable_modules,
@@ -35,6 +35,7 @@ from .native import parse_header
 
 LAYOUTS = ("diffusers", "kohya", "peft")
 _PEFT_PREFIX = "base_model.model."
+_TRANSFORMERS = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """``(lora_A, lora_B)`` by module name: ``(rank, in)`` and ``(out, rank)``, or 4-D."""
@@ -77,17 +78,17 @@ def in_layout(
     layout: str,
     dialect: Dialect,
 ) -> dict[str, Pairs]:
-    """Pairs by the layers that a layout names: modules of the models, but for Flux.1 in kohya's.
+    """Pairs by the layers that a layout names: modules, or layers of a transformer's original code.
 
     Raises:
         ValueError: the layout has no layer for a module.
     """
-    if layout != "kohya" or not dialect.flux:
-        return dict(components)
-    return {
-        name: flux_keys.fuse(pairs, _out_features(models[name])) if name in DENOISERS else pairs
-        for name, pairs in components.items()
-    }
+    found = dict(components)
+    if layout == "kohya" and dialect.transformer:
+        for name in found.keys() & set(DENOISERS):
+            rows = _out_features(models[name])
+            found[name] = original_keys.fuse(found[name], rows, dialect.transformer)
+    return found
 
 
 def file_keys(component: str, module: str, layout: str, dialect: Dialect) -> tuple[str, str, str]:
@@ -103,8 +104,8 @@ def dialect_of(components: Mapping[str, nn.Module]) -> Dialect:
     """Kohya naming of the denoiser among the models (SDXL's is told by its extra conditioning)."""
     for model in components.values():
         config: Any = getattr(model, "config", None)
-        if type(model).__name__ == "FluxTransformer2DModel":
-            return Dialect(flux=True)
+        if transformer := _TRANSFORMERS.get(type(model).__name__):
+            return Dialect(transformer=transformer)
         if type(model).__name__ == "UNet2DConditionModel":
             layers = config.layers_per_block
             sdxl = config.addition_embed_type == "text_time"
@@ -215,7 +216,7 @@ def decode(
                 pair = left.pop(down), left.pop(up)
                 left.pop(f"{key}.alpha", None)
                 if len(parts) > 1:
-                    found[name] |= flux_keys.split(pair, parts, rows)
+                    found[name] |= original_keys.split(pair, parts, rows)
                 else:
                     found[name][parts[0]] = pair
     if left:
@@ -232,11 +233,13 @@ def _layers(
     component: str, model: nn.Module, layout: str, dialect: Dialect
 ) -> dict[tuple[str, str, str], Sequence[str]]:
     """Modules of a model by the names under which a layout has them in a file."""
-    fused = layout == "kohya" and dialect.flux and component in DENOISERS
+    fused = layout == "kohya" and dialect.transformer and component in DENOISERS
     found: dict[tuple[str, str, str], Sequence[str]] = {}
     for module in adaptable_modules(model):
         try:
-            layer, parts = flux_keys.original_layer(module) if fused else (module, (module,))
+            layer, parts = module, (module,)
+            if fused:
+                layer, parts = original_keys.original_layer(module, dialect.transformer)
             found[file_keys(component, layer, layout, dialect)] = parts
         except ValueError:  # the layout has no name for it, so no file has it
             continue

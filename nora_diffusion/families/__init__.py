@@ -56,7 +56,9 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
 
     Args:
         base: ``"mini"`` (built in), a Hugging Face id, a diffusers folder, or one .safetensors
-            file in the original Stable Diffusion layout (read without any download).
+            file: Stable Diffusion 1.x, 2.x or XL in the original layout (read without any
+            download), or the transformer of SD 3, Flux.1, Flux.2 klein or Z-Image (the other parts
+            from the diffusers folder it lies in, or from the hub).
         kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``, such as ``dtype``
             (also under its older name ``torch_dtype``); for a single SD 2.x file also
             ``prediction_type="epsilon" | "v_prediction"``, which is otherwise found out from

@@ -166,8 +166,11 @@ class Family(Protocol):
         """(B, 3, H, W) in [-1, 1] to (B, C, h, w) latents."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts to their conditioning; differentiable where the text encoders train."""
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
+        """B prompts to their conditioning; differentiable where the text encoders train.
+
+        With ``negative`` they say what a picture should not show, as the base's pipeline reads it.
+        """
         ...
 
     def frame(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:

@@ -69,9 +69,9 @@ class Flux:
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
         """The pipeline of a folder, hub id, or file with the transformer, on the CPU."""
         if isinstance(source, Path) and source.is_file():
-            from nora_diffusion.families.flux_file import load_flux_file
+            from nora_diffusion.families.transformer_file import load_transformer_file
 
-            return load_flux_file(source, **kwargs)
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod
@@ -96,7 +96,7 @@ class Flux:
         encoding.check_size(pixels, self.size_multiple_px)
         return encoding.encode_images(pipe.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to T5's states (B, S, D), and CLIP's summary of each, (B, P)."""
         pipe = self.components.pipeline
         _, pooled = encoding.clip_states(pipe.tokenizer, pipe.text_encoder, prompts)

@@ -68,7 +68,11 @@ class Flux2Klein:
 
     @staticmethod
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-        """The pipeline of a folder or hub id, on the CPU."""
+        """The pipeline of a folder, hub id, or file with the transformer, on the CPU."""
+        if isinstance(source, Path) and source.is_file():
+            from nora_diffusion.families.transformer_file import load_transformer_file
+
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod
@@ -98,7 +102,7 @@ class Flux2Klein:
         std = (variance + pipe.vae.config.batch_norm_eps).sqrt()
         return (patches - mean[:, None, None]) / std[:, None, None]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, S, 3 D): three layers of Qwen3 side by side, padding included."""
         pipe = self.components.pipeline
         texts = encoding.as_chat(pipe.tokenizer, prompts, thinking=False)

@@ -76,7 +76,7 @@ class PixArt:
         """(B, 3, H, W) in [-1, 1] to (B, 4, H/8, W/8) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, 300, D) and their mask (B, 300); in lower case, as in training."""
         pipe = self.components.pipeline
         texts = [prompt.lower().strip() for prompt in prompts]

@@ -83,17 +83,18 @@ class Sana:
         """(B, 3, H, W) in [-1, 1] to (B, 32, H/32, W/32) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, 300, D) and their mask (B, 300); in lower case, as in training.
 
-        Every prompt follows the instruction but the empty one, by which the base was trained to
-        draw without a prompt.
+        Every prompt follows the instruction but negative ones and the empty one, by which the base
+        was trained to draw without a prompt.
         """
-        return Conditioning.cat([self._encode(prompt.lower().strip()) for prompt in prompts])
+        texts = [prompt.lower().strip() for prompt in prompts]
+        return Conditioning.cat([self._encode(text, bool(text) and not negative) for text in texts])
 
-    def _encode(self, prompt: str) -> Conditioning:
+    def _encode(self, prompt: str, instructed: bool) -> Conditioning:
         pipe, device = self.components.pipeline, self.components.device
-        before = INSTRUCTION if prompt else ""
+        before = INSTRUCTION if instructed else ""
         # As the pipeline counts: the first token twice, and one for where the texts meet.
         told = len(pipe.tokenizer(before).input_ids) - 2 if before else 0
         ids, mask = encoding.tokenize(pipe.tokenizer, [before + prompt], told + PROMPT_TOKENS)

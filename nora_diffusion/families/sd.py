@@ -85,7 +85,7 @@ class StableDiffusion:
         """(B, 3, H, W) in [-1, 1] to (B, C, H/f, W/f) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, S, D); S is the tokenizer's full length, as in training the base."""
         pipe, device = self.components.pipeline, self.components.device
         ids, mask = encoding.tokenize(pipe.tokenizer, prompts)

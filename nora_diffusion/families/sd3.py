@@ -57,7 +57,14 @@ class StableDiffusion3:
 
     @staticmethod
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-        """The pipeline of a folder or hub id, on the CPU; ``text_encoder_3=None`` is allowed."""
+        """The pipeline of a folder, hub id, or file with the transformer, on the CPU.
+
+        ``text_encoder_3=None`` leaves T5 out.
+        """
+        if isinstance(source, Path) and source.is_file():
+            from nora_diffusion.families.transformer_file import load_transformer_file
+
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod
@@ -80,7 +87,7 @@ class StableDiffusion3:
         """(B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to (B, 77 + 256, D) and the pooled answers of both CLIPs, (B, P).
 
         The CLIPs' states stand side by side in the first tokens, filled up with zeros to the width

@@ -82,12 +82,19 @@ class StableDiffusionXL:
         """(B, 3, H, W) in [-1, 1] to (B, C, H/f, W/f) float32 latents."""
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts to the states of both encoders (B, S, D) and the second's pooled (B, P)."""
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
+        """B prompts to the states of both encoders (B, S, D) and the second's pooled (B, P).
+
+        An empty negative prompt is zeros where the pipeline's ``force_zeros_for_empty_prompt`` says
+        so, as XL's does: by that the base was trained to draw without a prompt.
+        """
         pipe = self.components.pipeline
         first, _ = encoding.clip_states(pipe.tokenizer, pipe.text_encoder, prompts)
         second, pooled = encoding.clip_states(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
-        return Conditioning(torch.cat([first, second], dim=-1), {"pooled": pooled})
+        encoded = Conditioning(torch.cat([first, second], dim=-1), {"pooled": pooled})
+        if negative and not any(prompts) and pipe.config.force_zeros_for_empty_prompt:
+            return encoded.apply(torch.zeros_like)
+        return encoded
 
     def frame(self, conditioning: Conditioning, framings: Sequence[Framing]) -> Conditioning:
         """The conditioning with size of photo, crop and size of picture as ``time_ids`` (B, 6).

@@ -1,6 +1,7 @@
 """Stable Diffusion checkpoints in one .safetensors file, read without any download.
 
 The file holds weights only; the model configs and the CLIP vocabulary come from this package.
+Files with the transformer of another family are told apart here and read in `transformer_file`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from nora_diffusion.config import UserError
+from nora_diffusion.families.transformer_file import transformer_family, transformer_name
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -37,9 +39,10 @@ def detect_family(path: Path) -> str:
     """Family of a checkpoint, from the names in its header.
 
     Raises:
-        UserError: when it is damaged or not a text-to-image Stable Diffusion 1.x, 2.x or XL.
+        UserError: when it is damaged or of no text-to-image model that is known here.
     """
-    return "sdxl" if config_name(path) == "sdxl" else "sd"
+    name = config_name(path)
+    return transformer_family(name) or ("sdxl" if name == "sdxl" else "sd")
 
 
 def load_single_file(
@@ -156,11 +159,14 @@ def config_name(path: Path) -> str:
     shapes = tensor_shapes(path)
     prefix = f'model.base = "{path}": '
     marks = {"sd15": (_CLIP,), "sd21": (_OPEN_CLIP,), "sdxl": (_XL_CLIP, _XL_OPEN_CLIP)}
+    if (name := transformer_name(path, shapes)) is not None:
+        return name
     found = [name for name, encoders in marks.items() if all(mark in shapes for mark in encoders)]
     if _CONV_IN not in shapes or not found:
         raise UserError(
             prefix + "this file is not a complete Stable Diffusion 1.x, 2.x or XL checkpoint (with "
-            "UNet, text encoders and autoencoder; the refiner of XL is none); other families load "
+            "UNet, text encoders and autoencoder; the refiner of XL is none), nor the transformer "
+            "of SD 3, Flux.1, Flux.2 klein or Z-Image under its original names; other models load "
             "from a diffusers folder or a Hugging Face id"
         )
     channels = shapes[_CONV_IN][1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ SHIPPED = {
     "stabilityai/stable-diffusion-3.5-large": "sd35_large",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
     "black-forest-labs/FLUX.1-schnell": "flux_schnell",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_base_4b",
+    "Tongyi-MAI/Z-Image": "z_image",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart_sigma",
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "sana",
 }
 """Hub ids whose configs come with this package, for a machine that cannot reach the hub."""
 
@@ -51,6 +56,10 @@ class FullLengthTokenizer:
         rows = 1 if isinstance(prompts, str) else len(prompts)
         ids = torch.zeros(rows, max_length or self.model_max_length, dtype=torch.long)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.zeros_like(ids)})
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **kwargs: Any) -> str:
+        """Returns what is said, without the words that mark a chat."""
+        return "\n".join(message["content"] for message in messages)
 
 
 def config_folder(base: str | Path) -> Path:

@@ -49,7 +49,11 @@ class ZImage:
 
     @staticmethod
     def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-        """The pipeline of a folder or hub id, on the CPU."""
+        """The pipeline of a folder, hub id, or file with the transformer, on the CPU."""
+        if isinstance(source, Path) and source.is_file():
+            from nora_diffusion.families.transformer_file import load_transformer_file
+
+            return load_transformer_file(source, **kwargs)
         return pretrained(source, **kwargs)
 
     @classmethod
@@ -74,7 +78,7 @@ class ZImage:
         encoding.check_size(pixels, self.size_multiple_px)
         return encoding.encode_images(pipe.vae, pixels)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """B prompts to the last but one layer's states (B, S, D) and a mask (B, S); padding is 0.
 
         The prompt is what a user says in a chat, to which the model is about to answer.

@@ -159,7 +159,7 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         class_rows=tuple(class_prompts.index(class_prompt(item.class_name)) for item in items),
         class_conditioning=_encode_prompts(family, class_prompts),
         scenes=_encode_prompts(family, scene_prompts(cfg)),
-        negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
+        negative=_encode_prompts(family, [cfg.sample.negative_prompt], negative=True),
         digest=_digest(items, masks),
         dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
     )
@@ -302,8 +302,8 @@ def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) ->
 
 
 @torch.no_grad()
-def _encode_prompts(family: Family, prompts: Sequence[str]) -> Conditioning:
+def _encode_prompts(family: Family, prompts: Sequence[str], negative: bool = False) -> Conditioning:
     # One at a time: in a batch the last bits would depend on the other prompts, and a resumed run
     # may have other sample.prompts.
-    encoded = [family.encode_prompts([prompt]) for prompt in prompts]
+    encoded = [family.encode_prompts([prompt], negative) for prompt in prompts]
     return Conditioning.cat(encoded)

@@ -128,7 +128,7 @@ def _draw(session: Session, *, adapted: bool = True) -> list[list[Image.Image]]:
             scenes, negative = inputs.scenes, inputs.negative
             if session.cfg.text_encoder.train:
                 scenes = family.encode_prompts(scene_prompts(session.cfg))
-                negative = family.encode_prompts([cfg.negative_prompt])
+                negative = family.encode_prompts([cfg.negative_prompt], negative=True)
             return sample_conditioning(family, scenes, negative, seeds, **settings)
     finally:
         for model in models:

@@ -54,12 +54,14 @@ def test_every_route_to_the_adapted_model_gives_the_same_output(tmp_path, family
 
     for layout in ("diffusers", "kohya"):
         clean = plain()
+        lent = base_bytes(clean.unet)
         out = export_lora(path, tmp_path / f"{layout}.safetensors", layout, base=clean)
-        assert torch.equal(predict(clean), base)  # the pipeline lent to the export is untouched
+        assert base_bytes(clean.unet) == lent  # the pipeline lent to the export is untouched
+        assert distance(predict(clean), base) <= 1e-6
         assert load_with_diffusers(clean, out) == count
         assert distance(predict(clean), expected) <= 1e-5
         clean.set_adapters("lora", 0.0)
-        assert torch.equal(predict(clean), base)
+        assert distance(predict(clean), base) <= 1e-6
 
         ours = plain()
         assert load_adapter(ours, out, "ours") == adapted_modules(ours, "ours") == count

@@ -19,6 +19,7 @@ from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.families import family_class
 from nora_diffusion.families.base import Conditioning
 from tests.families import flow_answers as flow
+from tests.tiny import FAMILIES as UNETS
 from tests.tiny import tiny_pipeline, train
 from tests.tiny_dit import tiny_dit
 from tests.tiny_flow import TINY_FLOW, tiny_flow
@@ -42,6 +43,7 @@ class Row:
         modules: attention layers of the tiny denoiser.
         text_modules: attention layers of the text encoders that are adapted.
         signal: (T,) ᾱ of a diffusion family; None: a flow.
+        velocity: whether such a family answers v.
         shift: of a flow's sigmas.
         text_travels: whether other programs load a LoRA of its text encoders.
     """
@@ -54,12 +56,13 @@ class Row:
     modules: int
     text_modules: int
     signal: Tensor | None = None
+    velocity: bool = False
     shift: float = 1.0
     text_travels: bool = True
 
     def build(self) -> Any:
-        if self.config == "sdxl":
-            return tiny_pipeline("sdxl")
+        if self.config in UNETS:
+            return tiny_pipeline(self.config)
         return (tiny_flow if self.config in TINY_FLOW else tiny_dit)(self.config)
 
     def load(self, pipe: Any = None) -> Any:
@@ -75,6 +78,14 @@ def cumulated(betas: Tensor) -> Tensor:
 
 SCALED_LINEAR = cumulated(torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2)
 LINEAR = cumulated(torch.linspace(0.0001, 0.02, T, dtype=torch.float64))
+
+
+def sd(denoiser, noisy, at, conditioning):
+    return denoiser(noisy, at, encoder_hidden_states=conditioning.prompt_embeds).sample
+
+
+def states(pipe, prompts):
+    return Conditioning(pipe.encode_prompt(prompts, CPU, 1, False)[0])
 
 
 def sdxl(denoiser, noisy, at, conditioning):
@@ -137,7 +148,11 @@ def instructed(pipe, prompts):
 SD3 = {"latents": (16, 8, 8), "answer": sd3, "encode": with_pooled, "shift": 3.0}
 FLUX = {"latents": (16, 8, 8), "answer": flow.flux, "encode": flow.encode_flux}
 
+SD = {"latents": (4, 8, 8), "answer": sd, "encode": states, "signal": SCALED_LINEAR}
+
 ROWS = [
+    Row("sd15", "sd", **SD, modules=32, text_modules=8),
+    Row("sd2", "sd", **SD, modules=32, text_modules=8, velocity=True),
     Row(
         "sdxl", "sdxl", (4, 8, 8), sdxl, with_pooled, modules=88, text_modules=16,
         signal=SCALED_LINEAR,
@@ -179,7 +194,10 @@ def published_loss(row: Row, family: Any, latents: Tensor, given: Conditioning, 
         at = torch.randint(T, (size,), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         signal = row.signal[at].reshape(-1, 1, 1, 1)
-        noisy, target = signal.sqrt() * latents + (1 - signal).sqrt() * noise, noise
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        target = noise
+        if row.velocity:  # Salimans and Ho 2022, appendix D
+            target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
     else:
         drawn = torch.sigmoid(torch.randn(size, generator=generator))
         noise = torch.randn(latents.shape, generator=generator)

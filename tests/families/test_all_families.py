@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.mapping import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -163,6 +164,35 @@ def test_a_picture_depends_on_its_own_seed_alone_and_on_the_prompt(row):
 
 
 @every_family
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_pictures_are_those_that_the_pipeline_draws_of_the_same_prompts(row, negative):
+    family = row.load()
+    side = family.resolution_px
+    with torch.no_grad():
+        given = family.encode_prompts(PROMPTS[:1])
+        unwanted = family.encode_prompts([negative], negative=True)
+    sizes = {"width": side, "height": side}
+    (ours,) = family.sample(
+        given, unwanted, [7], steps=3, guidance=4.0, width_px=side, height_px=side
+    )
+    told: dict[str, Any] = {"guidance_scale": 4.0, **sizes}
+    if row.family == "z_image":  # its pipeline counts guidance from 0
+        told["guidance_scale"] = 3.0
+    if row.family in ("pixart", "sana"):
+        told["use_resolution_binning"] = False
+    pipe = row.build()
+    if negative and row.family == "flux2_klein":
+        told["negative_prompt_embeds"] = pipe.encode_prompt(negative)[0]
+    elif negative and row.family != "flux":
+        told["negative_prompt"] = negative
+    (theirs,) = pipe(
+        prompt=PROMPTS[0], num_inference_steps=3, generator=torch.Generator().manual_seed(7), **told
+    ).images
+    difference = np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)
+    assert np.abs(difference).max() <= 1
+
+
+@every_family
 def test_images_are_encoded_to_scaled_latents_and_decode_back(row):
     family = row.load()
     vae = family.components.pipeline.vae
@@ -248,6 +278,80 @@ def test_the_lora_export_loads_with_other_programs_loader(row, init, tmp_path):
     assert load_elsewhere(clean.components.pipeline, native, row.build(), tmp_path) == count
     assert distance(predict(row, clean), predict(row, family)) <= 1e-4
     assert distance(predict(row, clean), plain) > 1e-3
+
+
+@every_family
+def test_every_other_file_loads_back(row, tmp_path):
+    family = row.load()
+    adapt(row, family, text=False)
+    expected = predict(row, family)
+    parts = family.components
+    native = save_adapter(parts.pipeline, tmp_path / "native.safetensors")
+    portable = save_adapter(parts.pipeline, tmp_path / "portable.safetensors", portable=True)
+    lora = export_lora(native, tmp_path / "lora.safetensors", base=row.build())
+    peft = export_lora(native, tmp_path / "peft", "peft", base=row.build())
+    for file in (portable, lora, peft / "adapter_model.safetensors"):
+        clean = row.load()
+        assert load_adapter(clean.components.pipeline, file) == row.modules
+        assert distance(predict(row, clean), expected) <= 1e-5
+    clean = row.load()
+    pipe, name = clean.components.pipeline, parts.denoiser_name
+    setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), peft).base_model.model)
+    layers = [m for m in clean.components.denoiser.modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == row.modules
+    assert distance(predict(row, clean), expected) <= 1e-5
+
+
+ARCHITECTURES = {
+    "sd15": ("stable-diffusion-v1", "sd_v1"),
+    "sd2": ("stable-diffusion-v2-768-v", "sd_v2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sd3": ("stable-diffusion-3-m", "sd3"),
+    "sd35_medium": ("stable-diffusion-3-5-medium", "sd3"),
+    "flux_dev": ("flux-1-dev", "flux1"),
+    "flux_schnell": ("flux-1-schnell", "flux1"),
+    "flux2_klein_base_4b": ("flux-2-klein", "flux2_klein"),
+    "z_image": ("z-image", "z_image"),
+    "pixart_sigma": ("pixart-sigma", "pixart_sigma"),
+    "sana": ("sana", "sana"),
+}
+
+
+@every_family
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_an_export_says_what_it_is_in_every_layout(row, layout, tmp_path):
+    family = row.load()
+    adapt(row, family, text=False)
+    pipe = family.components.pipeline
+    if row.family == "sd":  # 1.x and 2.x are told apart by the widths of the real models
+        width = {"sd15": 768, "sd2": 1024}[row.config]
+        pipe.unet.register_to_config(cross_attention_dim=width)
+    about = {"trigger": "sks", "class_name": "toy", "base": row.config, "steps": 5}
+    native = save_adapter(pipe, tmp_path / "toy.safetensors", metadata=about)
+    out = tmp_path / ("adapter_model.safetensors" if layout == "peft" else "lora.safetensors")
+    if layout == "kohya" and row.family in ("flux2_klein", "z_image", "pixart", "sana"):
+        with pytest.raises(ValueError, match="layout 'kohya' names the modules of.*diffusers"):
+            export_lora(native, out, layout, base=pipe)
+        return
+    export_lora(native, out, layout, base=pipe)
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    architecture, version = ARCHITECTURES[row.config]
+    expected = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": out.stem,
+        "modelspec.trigger_phrase": "sks",
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_sd_model_name": row.config,
+        "ss_steps": "5",
+        "ss_tag_frequency": json.dumps({out.stem: {"sks toy": 1}}),
+    }
+    assert expected.items() <= metadata.items()
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"]
+    if row.signal is not None:
+        assert metadata["modelspec.prediction_type"] == ("v" if row.velocity else "epsilon")
 
 
 # ---- the commands --------------------------------------------------------------------------------

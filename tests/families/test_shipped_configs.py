@@ -32,6 +32,13 @@ PARAMETERS = {
     "sd3": {"transformer": 2_028_328_000, **SD3_ENCODERS},
     "sd35_medium": {"transformer": 2_243_171_520, **SD3_ENCODERS},
     "sd35_large": {"transformer": 8_056_627_520, **SD3_ENCODERS},
+    "flux_dev": {
+        "transformer": 11_901_408_320,
+        "text_encoder": CLIP_L,
+        "text_encoder_2": T5_XXL,
+        "vae": VAE_16,
+    },
+    "flux_schnell": {"transformer": 11_891_178_560, "text_encoder": CLIP_L, "vae": VAE_16},
     "pixart_sigma": {"transformer": 610_856_096, "text_encoder": T5_XXL, "vae": VAE},
     # Sana 1.5 is Sana 1.0 (1,604,462,752) with four norms of 2,240 in each of its 20 layers.
     "sana": {"transformer": 1_604_641_952, "text_encoder": GEMMA_2_2B, "vae": DC_AE},

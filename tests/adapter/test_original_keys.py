@@ -12,10 +12,10 @@ from torch import nn
 
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.adapter.files import load_adapter, save_adapter
-from nora_diffusion.adapter.flux_keys import fuse, original_layer, split
 from nora_diffusion.adapter.keys import Dialect
 from nora_diffusion.adapter.lora import export_lora
 from nora_diffusion.adapter.lora_file import encode, in_layout
+from nora_diffusion.adapter.original_keys import fuse, original_layer, split
 from tests.tiny import distance, train
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -76,7 +76,7 @@ def answer(model) -> torch.Tensor:
     ],
 )
 def test_names_of_the_original_code(module, layer, count):
-    found, parts = original_layer(module)
+    found, parts = original_layer(module, "flux")
     assert found == layer and module in parts and len(parts) == count
 
 
@@ -85,11 +85,11 @@ def test_every_linear_layer_but_the_final_modulation_has_a_name():
         model = FluxTransformer2DModel(guidance_embeds=True)
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     linear.remove("norm_out.linear")
-    layers = dict(original_layer(name) for name in linear)
+    layers = dict(original_layer(name, "flux") for name in linear)
     assert sorted(part for parts in layers.values() for part in parts) == sorted(linear)
     assert len(layers) == 19 * 10 + 38 * 3 + 9
     with pytest.raises(ValueError, match="no name for 'norm_out.linear'.*diffusers"):
-        original_layer("norm_out.linear")
+        original_layer("norm_out.linear", "flux")
 
 
 def test_fused_factors_are_block_diagonal_and_come_apart_exactly():
@@ -103,7 +103,7 @@ def test_fused_factors_are_block_diagonal_and_come_apart_exactly():
         )
         for part in ("attn.to_q", "attn.to_v")
     }  # fmt: skip
-    ((layer, (down, up)),) = fuse(pairs, rows).items()
+    ((layer, (down, up)),) = fuse(pairs, rows, "flux").items()
     assert layer == "single_blocks.0.linear1"
     assert down.shape == (4, 4) and up.shape == (28, 4)
     whole = up @ down
@@ -111,7 +111,7 @@ def test_fused_factors_are_block_diagonal_and_come_apart_exactly():
     for first, part in ((0, "attn.to_q"), (8, "attn.to_v")):
         lora_A, lora_B = pairs[inside + part]
         torch.testing.assert_close(whole[first : first + 4], lora_B @ lora_A)
-    back = split((down, up), original_layer(inside + "proj_mlp")[1], rows)
+    back = split((down, up), original_layer(inside + "proj_mlp", "flux")[1], rows)
     assert back.keys() == pairs.keys()
     for part, pair in pairs.items():
         assert all(torch.equal(a, b) for a, b in zip(back[part], pair, strict=True))
@@ -178,7 +178,7 @@ def test_a_block_of_real_width_goes_through_diffusers_own_converter(tmp_path):
         f"single_transformer_blocks.0.{name}": layer.lora_factors("default")
         for name, layer in iter_nora_layers(block)
     }
-    dialect = Dialect(flux=True)
+    dialect = Dialect(transformer="flux")
     layers = in_layout({"transformer": pairs}, {"transformer": model}, "kohya", dialect)
     tensors = encode(layers, "kohya", dialect, torch.float32)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
