@@ -42,6 +42,6 @@ def frozen_parts(
     for name in (denoiser_name, *encoders, "vae"):
         module = getattr(pipe, name).requires_grad_(False).eval().to(device)
         wanted = torch.float32 if name == "vae" else dtype
-        if module.dtype != wanted:
+        if module.dtype != wanted and getattr(module, "hf_quantizer", None) is None:
             module.to(wanted)
     return Components(base, pipe, denoiser_name, encoders, device, dtype)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nora_diffusion.adapter.factor_cache import cache_dir
 from nora_diffusion.config import DreamboothConfig, fill_prompt
@@ -96,6 +97,16 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     device = family.components.device
     side = cfg.data.resolution_px or family.resolution_px
     described = [(item.image_id, item.prompt, item.weight) for item in dataset.items]
+    with family.components.placed(*family.components.text_encoders):
+        encoded = [
+            _encode_prompts(family, texts)
+            for texts in (
+                prompts,
+                [class_prompt(data.class_name)],
+                scene_prompts(cfg),
+                [cfg.sample.negative_prompt],
+            )
+        ]
     return Inputs(
         dataset=dataset,
         photos=photos,
@@ -104,10 +115,10 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         framings=tuple(framing(item, side) for item in dataset.items),
         prompts=prompts,
         prompt_rows=tuple(prompts.index(item.prompt) for item in dataset.items),
-        conditioning=_encode_prompts(family, prompts),
-        class_conditioning=_encode_prompts(family, [class_prompt(data.class_name)]),
-        scenes=_encode_prompts(family, scene_prompts(cfg)),
-        negative=_encode_prompts(family, [cfg.sample.negative_prompt]),
+        conditioning=encoded[0],
+        class_conditioning=encoded[1],
+        scenes=encoded[2],
+        negative=encoded[3],
         digest=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
     )
 
@@ -133,7 +144,14 @@ def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[
     missing = range(present, cfg.train.prior_images)
     if missing:
         report.say(f"making {len(missing)} class images in {folder}")
-    prompt = class_prompt(cfg.data.class_name)
+        parts = family.components
+        with parts.placed(parts.denoiser_name, *parts.text_encoders, "vae"):
+            _make_class_images(family, class_prompt(cfg.data.class_name), missing, folder)
+    photos, _ = read_photos(folder, "data.class_images", limit=None)
+    return photos[: cfg.train.prior_images]
+
+
+def _make_class_images(family: Family, prompt: str, missing: Sequence[int], folder: Path) -> None:
     for start in range(0, len(missing), 16):
         seeds = [CLASS_SEED + index for index in missing[start : start + 16]]
         # With fixed settings: sample.* may change before a resume, these pictures must not.
@@ -141,8 +159,6 @@ def class_photos(cfg: DreamboothConfig, family: Family, report: Report) -> list[
         for seed, image in zip(seeds, images, strict=True):
             origin = {"prompt": prompt, "seed": seed, "base": family.components.base}
             save_png(image, folder / f"class-{seed}.png", origin)
-    photos, _ = read_photos(folder, "data.class_images", limit=None)
-    return photos[: cfg.train.prior_images]
 
 
 def _class_folder(cfg: DreamboothConfig, family: Family) -> Path:
@@ -165,15 +181,27 @@ def _class_folder(cfg: DreamboothConfig, family: Family) -> Path:
 def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> Tensor:
     """(I, C, h, w) latents of all items, on the CPU."""
     cache = cache_dir() if cfg.data.cache else None
-    vae: nn.Module = family.components.pipeline.vae
-    latents = encode_items(
-        dataset.items,
-        family.encode_images,
-        resolution_px=cfg.data.resolution_px or family.resolution_px,
-        model={"vae": weights_digest(vae), "device": family.components.device.type},
-        folder=None if cache is None else cache / "latents",
-    )
+    with family.components.placed("vae"):
+        latents = encode_items(
+            dataset.items,
+            family.encode_images,
+            resolution_px=cfg.data.resolution_px or family.resolution_px,
+            model=encoder_identity(family),
+            folder=None if cache is None else cache / "latents",
+        )
     return torch.stack([latents[item.image_id] for item in dataset.items])
+
+
+def encoder_identity(family: Family) -> dict[str, str]:
+    """What latents depend on besides picture and resolution: weights, settings, format, device."""
+    vae: Any = family.components.pipeline.vae
+    settings = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    return {
+        "vae": weights_digest(vae),
+        "settings": json.dumps(settings, sort_keys=True, default=str),
+        "dtype": str(vae.dtype),
+        "device": family.components.device.type,
+    }
 
 
 @torch.no_grad()
