@@ -69,7 +69,7 @@ class Model(Section):
     )
     offload: Literal["none", "group"] = setting(
         "none",
-        "Keep the denoiser's weights in main memory, and bring each layer to the GPU when it is due.",
+        "Keep the denoiser's weights in main memory and bring each layer to the GPU in its turn.",
         resume=True,
     )
 

@@ -43,9 +43,8 @@ def check_library(mode: str) -> None:
 
 def is_quantised_part(name: str, class_name: str) -> bool:
     """Whether a part of a pipeline is quantised: the denoiser, and text encoders but CLIP."""
-    return name in DENOISERS or (
-        name.startswith("text_encoder") and not class_name.startswith("CL")
-    )
+    large = name.startswith("text_encoder") and not class_name.startswith("CLIP")
+    return name in DENOISERS or large
 
 
 def while_loading(source: str | Path, mode: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def linears(module: nn.Module, mode: str) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def bytes_saved(pipe: Any, mode: str) -> dict[str, int]:
-    """Bytes that quantising takes off each part's weights, by the part's name, from shapes alone."""
+    """Bytes that quantising takes off the weights of each part, by its name, from shapes alone."""
     return {
         name: sum(
             layer.weight.nbytes - quantised_bytes(layer.weight, mode)
@@ -165,7 +164,7 @@ def _library_config(library: str, mode: str, dtype: torch.dtype) -> Any:
 
 
 def _torchao_config(mode: str) -> Any:
-    from torchao import quantization
+    from torchao import quantization  # pyright: ignore[reportMissingImports]
 
     return (
         quantization.Int8WeightOnlyConfig()
@@ -178,12 +177,12 @@ def _quantise(module: nn.Module, mode: str, dtype: torch.dtype) -> None:
     """Replace the weights of a loaded model, one after another."""
     module.to(dtype)
     if mode == "nf4":
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
 
         for name, linear in list(linears(module, mode)):
             module.set_submodule(name, _nf4(bitsandbytes, linear, dtype))
         return
-    from torchao.quantization import quantize_
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     config = _torchao_config(mode)
     for _, linear in linears(module, mode):

@@ -40,7 +40,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters; of quantised ones the codes and, where they hang on the tensor, the scales."""
+    """The parameters; of quantised ones the codes, and the scales that hang on the tensor."""
     for name, parameter in module.named_parameters():
         if hasattr(parameter, "__tensor_flatten__"):  # of torchao
             parts: Any = parameter

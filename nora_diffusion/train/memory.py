@@ -147,7 +147,7 @@ def staged(cfg: DreamboothConfig, device: torch.device) -> bool:
 
 
 def part_bytes(cfg: DreamboothConfig, family: Family) -> dict[str, int]:
-    """Bytes on the device of each model of a skeleton, quantised or offloaded as the config says."""
+    """Bytes of each model of a skeleton on the device, quantised or offloaded as configured."""
     parts, mode = family.components, cfg.model.quantize
     names = ("vae", *parts.text_encoders, parts.denoiser_name)
     sizes = {name: bytes_of(_tensors(getattr(parts.pipeline, name))) for name in names}
