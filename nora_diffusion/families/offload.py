@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 
 def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) -> None:
@@ -51,8 +51,24 @@ def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) ->
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        # A checkpointed block that stops early would never put its last layer back.
-        with saved_tensors_hooks(keep, bring), set_checkpoint_early_stop(False):
+        with saved_tensors_hooks(keep, bring):
             return forward(*args, **kwargs)
 
+    def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not any(tensor.requires_grad for tensor in (*tensors, *block.parameters())):
+            return block(*args, **kwargs)  # before the first adapter: nothing is kept anyway
+
+        # Of torch's two kinds of checkpoint the one that runs a block again as it ran at first: the
+        # other hands out weights as they are after the block, gone. It needs an input with a
+        # gradient, which a block that trains need not have.
+        def run(_: Tensor, *inputs: Any) -> Any:
+            with saved_tensors_hooks(keep, bring):
+                return block(*inputs, **kwargs)
+
+        return checkpoint(run, torch.empty(0, requires_grad=True), *args, use_reentrant=True)
+
     model.forward = watched
+    if hasattr(model, "enable_gradient_checkpointing"):
+        enable: Any = model.enable_gradient_checkpointing
+        model.enable_gradient_checkpointing = functools.partial(enable, checkpointed)

@@ -176,20 +176,24 @@ def _torchao_config(mode: str) -> Any:
 def _quantise(module: nn.Module, mode: str, dtype: torch.dtype) -> None:
     """Replace the weights of a loaded model, one after another."""
     module.to(dtype)
+    for name, linear in list(linears(module, mode)):
+        module.set_submodule(name, quantise_layer(linear, mode, dtype))
+    if mode != "nf4":  # where PEFT looks for it, to quantise again after a merge
+        config = _torchao_config(mode)
+        described = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
+        module.hf_quantizer = SimpleNamespace(quantization_config=described)  # pyright: ignore
+
+
+def quantise_layer(linear: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Module:
+    """One linear layer, quantised: itself, or the one to put in its place."""
     if mode == "nf4":
         import bitsandbytes  # pyright: ignore[reportMissingImports]
 
-        for name, linear in list(linears(module, mode)):
-            module.set_submodule(name, _nf4(bitsandbytes, linear, dtype))
-        return
+        return _nf4(bitsandbytes, linear, dtype)
     from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
-    config = _torchao_config(mode)
-    for _, linear in linears(module, mode):
-        quantize_(linear, config)
-    # Where PEFT looks for it, to quantise again after a merge.
-    described = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
-    module.hf_quantizer = SimpleNamespace(quantization_config=described)  # pyright: ignore
+    quantize_(linear, _torchao_config(mode))
+    return linear
 
 
 def _nf4(bitsandbytes: Any, linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
