@@ -230,8 +230,7 @@ def time_variants(bench: Bench, batch: int, rounds: int, fast: bool) -> dict[str
             bench.add(name)
             if fast:  # later rounds find the kernels of the first
                 speed.compile_blocks(bench.denoiser)
-            for _ in range(2):
-                seconds(bench, batch)
+            seconds(bench, batch)  # warm up
             times[name].append(min(seconds(bench, batch) for _ in range(3)))
             for block in speed.repeated_blocks(bench.denoiser):
                 block._compiled_call_impl = None

@@ -29,6 +29,11 @@ def part_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"default": dtype, "vae": torch.float32}
 
 
+def is_staged(device: torch.device) -> bool:
+    """Whether a run's parts come to the device one after another: where it has its own memory."""
+    return device.type == "cuda"
+
+
 def frozen_parts(
     pipe: Any, base: str, denoiser_name: str, *, dtype: torch.dtype, device: torch.device
 ) -> Components:

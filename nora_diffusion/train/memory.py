@@ -26,6 +26,7 @@ from nora_diffusion.families.base import (
     resolve_dtype,
 )
 from nora_diffusion.families.encoding import save_vae_memory
+from nora_diffusion.families.loading import is_staged
 from nora_diffusion.families.skeleton import META, skeleton, tensors_of
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
@@ -115,7 +116,7 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
         of_prompt, conditioning = _held(everything, lambda: _conditioning(cfg, family, 1))
     sizes = part_bytes(cfg, family)
     encoding = sum(sizes.values()) + max(of_picture, of_prompt)
-    if staged(cfg, device):
+    if is_staged(device):
         encoders = sum(sizes[name] for name in parts.text_encoders)
         encoding = max(sizes["vae"] + of_picture, encoders + of_prompt)
         if cfg.train.prior == "class_images":  # drawn by the whole base
@@ -139,11 +140,6 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
         cache=pictures * bytes_of([latents]) + prompts * bytes_of(tensors_of(conditioning)),
         encoding=encoding,
     )
-
-
-def staged(cfg: DreamboothConfig, device: torch.device) -> bool:
-    """Whether autoencoder, text encoders and denoiser come to the device one after another."""
-    return device.type == "cuda"
 
 
 def part_bytes(cfg: DreamboothConfig, family: Family) -> dict[str, int]:

@@ -11,6 +11,7 @@ from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.families import load_family, speed
 from nora_diffusion.families.base import Family, resolve_device, resolve_dtype
 from nora_diffusion.families.encoding import save_vae_memory
+from nora_diffusion.families.loading import is_staged
 from nora_diffusion.families.offload import offload_layers
 from nora_diffusion.schema import get_key
 from nora_diffusion.settings import quote
@@ -80,7 +81,7 @@ def load_base(cfg: DreamboothConfig, dtype: torch.dtype, device: torch.device) -
         UserError: when settings do not go together, or a library is missing.
     """
     check_offload(cfg, device)
-    staged = device.type == "cuda"
+    staged = is_staged(device)
     family = load_family(
         cfg.model.base, family=cfg.model.family, dtype=dtype, quantize=cfg.model.quantize,
         device=torch.device("cpu") if staged else device,
@@ -90,7 +91,8 @@ def load_base(cfg: DreamboothConfig, dtype: torch.dtype, device: torch.device) -
         parts.stage(device)
     if cfg.model.offload == "group":
         # Recomputed layers run in another order than the one that is fetched ahead.
-        offload_layers(parts.denoiser, device, prefetch=not cfg.train.gradient_checkpointing)
+        prefetch = device.type == "cuda" and not cfg.train.gradient_checkpointing
+        offload_layers(parts.denoiser, device, prefetch=prefetch)
         parts.offloaded = True
     save_vae_memory(parts.pipeline.vae, cfg.data.resolution_px or family.resolution_px)
     return family
