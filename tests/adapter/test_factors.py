@@ -272,11 +272,11 @@ class OnMps(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.float64 in (*args, *kwargs.values()):
+        given = [*args, *(kwargs or {}).values()]
+        if any(value is torch.float64 for value in given):
             raise TypeError("Cannot convert a MPS Tensor to float64")
         result = super().__torch_function__(func, types, args, kwargs)
-        away = func is torch.Tensor.to and torch.device("cpu") in (*args, *kwargs.values())
+        away = any(isinstance(value, torch.device) and value.type == "cpu" for value in given)
         return result.as_subclass(torch.Tensor) if away else result
 
 
