@@ -66,6 +66,20 @@ class Model(Section):
         "auto", "Where to train; auto: cuda, then mps, then cpu.", resume=True
     )
     family: str = setting("auto", "Model family; auto: read from the base model.", min_length=1)
+    quantize: Literal["none", "nf4", "int8", "fp8"] = setting(
+        "none", "Number format of the frozen linear layers: 4 bits (nf4) or 8 (int8, fp8) a weight."
+    )
+    attention: Literal["sdpa", "xformers"] = setting(
+        "sdpa", "Attention kernels: PyTorch's own, or those of xformers where they can be had."
+    )
+    compile: bool = setting(
+        False, "Compile the denoiser's blocks: minutes at the start, then faster steps."
+    )
+    offload: Literal["none", "group"] = setting(
+        "none",
+        "Keep the denoiser's weights in main memory and bring each layer to the GPU in its turn.",
+        resume=True,
+    )
 
 
 class Adapter(Section):

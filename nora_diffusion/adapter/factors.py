@@ -104,9 +104,10 @@ def factorise(
         if found is not None and _shapes_match(found, weight, r):
             return found.to(weight.device)
 
-    # MPS has no float64; every other device computes where the weight lies.
+    # MPS has no float64, nor may it be asked for one on the way; every other device computes where
+    # the weight lies.
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-    matrix = weight.detach().to(device=device, dtype=torch.float64)
+    matrix = weight.detach().to(device).to(torch.float64)
     # A float64 sum of narrower floats cannot overflow, and is ten times faster than isfinite.
     if not math.isfinite(float(matrix.sum())):
         raise ValueError(
@@ -114,7 +115,7 @@ def factorise(
             "factors; reload or repair the base model, or exclude the module (exclude_modules)"
         )
     if statistics is not None:
-        statistics = statistics.detach().to(device=device, dtype=torch.float64)
+        statistics = statistics.detach().to(device).to(torch.float64)
     outer_B, singular_values, outer_A = _outer_basis(matrix, r, basis, seed, statistics)
     factors = Factors(
         outer_B=outer_B.to(torch.float32).contiguous(),

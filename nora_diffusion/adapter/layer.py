@@ -136,11 +136,14 @@ class NoraLayer(NoraState):
     def _lora_matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         self.derive_factors(adapter)
         outer = self.outer(adapter)
-        left, right = self.nora_inner_B[adapter].float(), self.nora_inner_A[adapter].float()
+        # An offloaded base and an outer pair shared with a trained adapter are on two devices.
+        place: Any = {"device": outer.outer_B.device, "dtype": torch.float32}
+        left = self.nora_inner_B[adapter].to(**place)
+        right = self.nora_inner_A[adapter].to(**place)
         if adapter in self.nora_initial_A:
             initial_P, initial_Q = self.initial_pair(adapter)
-            left = torch.cat([left, -initial_P.float()], dim=1)
-            right = torch.cat([right, initial_Q.float()], dim=0)
+            left = torch.cat([left, -initial_P.to(**place)], dim=1)
+            right = torch.cat([right, initial_Q.to(**place)], dim=0)
         lora_B = self.scaling[adapter] * (outer.outer_B.float() @ left)
         return right @ outer.outer_A.float(), lora_B
 

@@ -264,7 +264,7 @@ class NoraState(BaseTunerLayer, nn.Module):
             purpose = f"inner {self.outer(adapter_name).fingerprint}"
             P.zero_()
             inner_r, r = Q.shape
-            Q.copy_(seeded_orthonormal(r, inner_r, seed, purpose).mT)
+            Q.copy_(seeded_orthonormal(r, inner_r, seed, purpose).mT.to(Q.dtype))
         if not self.nora_config[adapter_name].init_weights:
             P.add_(torch.randn_like(P) / P.shape[1] ** 0.5)
 

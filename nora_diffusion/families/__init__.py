@@ -79,22 +79,41 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
 
 
 def load_family(
-    base: Any, *, family: str = "auto", dtype: torch.dtype, device: torch.device, **kwargs: Any
+    base: Any,
+    *,
+    family: str = "auto",
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str = "none",
+    **kwargs: Any,
 ) -> Family:
-    """Load a base model for training and sampling; arguments as for ``load_pipeline``.
+    """Load a base model for training and sampling; further arguments as for ``load_pipeline``.
+
+    Args:
+        base: as ``load_pipeline`` takes it.
+        family: its family's name, or "auto".
+        dtype: number format of denoiser and text encoders.
+        device: where they go.
+        quantize: "none", or the format of the frozen linear layers: "nf4", "int8" or "fp8".
+        kwargs: for ``load_pipeline``.
 
     Raises:
-        UserError: when there is no such base, or ``family`` does not fit it.
+        UserError: when there is no such base, ``family`` does not fit it, or the library that
+            quantises is missing.
     """
     source = locate(base)
     with _quiet(source):
         found = detect_family(source)
+        if quantize != "none":
+            kwargs |= _quantise().while_loading(source, quantize, dtype)
         if family not in ("auto", found):
             raise UserError(
                 f'model.family = "{family}": {base} is of family "{found}"; '
                 f'use "auto" or one of {", ".join(FAMILIES)} that fits the base'
             )
         loaded = family_class(found).load(source, dtype=dtype, device=device, **kwargs)
+        if quantize != "none":
+            _quantise().after_loading(loaded.components.pipeline, quantize, dtype)
     loaded.components.base = _lasting_name(source)
     _name_parts(loaded.components.pipeline, loaded.components.base)
     return loaded
@@ -188,6 +207,10 @@ def _name_parts(pipe: Any, base: str) -> None:
             part.register_to_config(_name_or_path=base)
         elif hasattr(part, "config"):
             part.config._name_or_path = base
+
+
+def _quantise() -> Any:
+    return importlib.import_module("nora_diffusion.families.quantise")
 
 
 def _quiet(source: str | Path) -> AbstractContextManager[None]:

@@ -11,7 +11,8 @@ and sampled from. It knows nothing of adapters: it is handed a denoiser and call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -101,6 +102,9 @@ class Components:
         text_encoder_names: names of the text encoders in the pipeline.
         device: where denoiser and text encoders are.
         dtype: number format of denoiser and text encoders; the autoencoder stays float32.
+        staged: the parts wait on the CPU, and come to the device when ``placed`` or ``place_rest``
+            brings them.
+        offloaded: the denoiser stays on the CPU, and its layers come to the device one by one.
     """
 
     base: str
@@ -109,6 +113,8 @@ class Components:
     text_encoder_names: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    staged: bool = False
+    offloaded: bool = False
 
     @property
     def denoiser(self) -> nn.Module:
@@ -120,6 +126,34 @@ class Components:
         """The text encoders by name; those already freed are left out."""
         modules = {name: getattr(self.pipeline, name) for name in self.text_encoder_names}
         return {name: module for name, module in modules.items() if module is not None}
+
+    def stage(self, device: torch.device) -> None:
+        """From here on compute on ``device``, to which parts loaded on the CPU come in turn."""
+        self.device, self.staged = device, True
+
+    @contextmanager
+    def placed(self, *names: str) -> Iterator[None]:
+        """These parts, by name, on the device for the time of a ``with`` block."""
+        if not self.staged:
+            yield
+            return
+        held = [name for name in names if not (name == self.denoiser_name and self.offloaded)]
+        modules = [getattr(self.pipeline, name) for name in held]
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def place_rest(self) -> None:
+        """Bring what is left after ``free_...`` to the device for good."""
+        if self.staged:
+            denoiser = () if self.offloaded else (self.denoiser,)
+            for module in (*denoiser, *self.text_encoders.values(), self.pipeline.vae):
+                module.to(self.device)
+            self.staged = False
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders; prompts must have been encoded before."""

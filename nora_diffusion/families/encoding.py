@@ -141,6 +141,18 @@ def check_size(pixels: Tensor, multiple_px: int) -> None:
         )
 
 
+def save_vae_memory(vae: Any, side_px: int) -> None:
+    """Let an autoencoder work in slices, and in overlapping tiles, on pictures above 1024 px.
+
+    Smaller ones are left whole: tiles change a picture slightly where they meet.
+    """
+    if side_px <= 1024:
+        return
+    for name in ("enable_slicing", "enable_tiling"):
+        if hasattr(vae, name):
+            getattr(vae, name)()
+
+
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] to (B, C, H/f, W/f) float32 latents: the mean of the posterior.

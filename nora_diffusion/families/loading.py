@@ -29,6 +29,11 @@ def part_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"default": dtype, "vae": torch.float32}
 
 
+def is_staged(device: torch.device) -> bool:
+    """Whether a run's parts come to the device one after another: where it has its own memory."""
+    return device.type == "cuda"
+
+
 def frozen_parts(
     pipe: Any, base: str, denoiser_name: str, *, dtype: torch.dtype, device: torch.device
 ) -> Components:
@@ -42,6 +47,6 @@ def frozen_parts(
     for name in (denoiser_name, *encoders, "vae"):
         module = getattr(pipe, name).requires_grad_(False).eval().to(device)
         wanted = torch.float32 if name == "vae" else dtype
-        if module.dtype != wanted:
+        if module.dtype != wanted and getattr(module, "hf_quantizer", None) is None:
             module.to(wanted)
     return Components(base, pipe, denoiser_name, encoders, device, dtype)

@@ -141,6 +141,15 @@ def restore_factors(models: dict[str, nn.Module], tensors: dict[str, Tensor]) ->
                 layer.adopt_factors(NAME, Factors(*parts, fingerprint=layer.base_fingerprint()))
 
 
+def move_adapters(model: nn.Module, device: torch.device) -> None:
+    """Bring the adapters to a device that their base layers' weights are not on."""
+    for _, layer in iter_nora_layers(model):
+        for part in (layer.nora_inner_A, layer.nora_inner_B, layer.nora_outer):
+            part.to(device)
+        layer.nora_initial_A.to(device)
+        layer.nora_initial_B.to(device)
+
+
 def checkpoint_gradients(models: dict[str, nn.Module]) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
     # diffusers, transformers from 5.23 on, transformers before

@@ -32,11 +32,24 @@ class TrainingInterrupted(KeyboardInterrupt):
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over names, shapes, number formats and raw bytes of a module's parameters."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in sorted(_plain_parameters(module)):
         data = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
         digest.update(data.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters; of quantised ones the codes, and the scales that hang on the tensor."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):  # of torchao
+            parts: Any = parameter
+            yield from ((f"{name}.{p}", getattr(parts, p)) for p in parts.__tensor_flatten__()[0])
+            continue
+        yield name, parameter
+        absmax = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+        if absmax is not None:  # of bitsandbytes
+            yield f"{name}.absmax", absmax
 
 
 def loss_options(cfg: Train) -> LossOptions:

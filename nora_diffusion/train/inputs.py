@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nora_diffusion.adapter.factor_cache import cache_dir
 from nora_diffusion.config import DreamboothConfig, SubjectFolder
@@ -145,6 +146,10 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     prompts, rows = _prompt_table(cfg, items)
     class_prompts = tuple(dict.fromkeys(class_prompt(one.class_name) for one in cfg.data.each()))
     device = family.components.device
+    with family.components.placed(*family.components.text_encoders):
+        texts = (prompts, class_prompts, scene_prompts(cfg))
+        of_prompts, of_classes, of_scenes = (_encode_prompts(family, part) for part in texts)
+        negative = _encode_prompts(family, [cfg.sample.negative_prompt], negative=True)
     return Inputs(
         dataset=dataset,
         photos=all_photos(found),
@@ -154,12 +159,12 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         framings=tuple(framing(item, side) for item in items),
         prompts=prompts,
         prompt_rows=rows,
-        conditioning=_encode_prompts(family, prompts),
+        conditioning=of_prompts,
         class_prompts=class_prompts,
         class_rows=tuple(class_prompts.index(class_prompt(item.class_name)) for item in items),
-        class_conditioning=_encode_prompts(family, class_prompts),
-        scenes=_encode_prompts(family, scene_prompts(cfg)),
-        negative=_encode_prompts(family, [cfg.sample.negative_prompt], negative=True),
+        class_conditioning=of_classes,
+        scenes=of_scenes,
+        negative=negative,
         digest=_digest(items, masks),
         dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
     )
@@ -255,7 +260,14 @@ def class_photos(
     missing = range(present, cfg.train.prior_images)
     if missing:
         report.say(f"making {len(missing)} class images in {folder}")
-    prompt = class_prompt(subject.class_name)
+        parts = family.components
+        with parts.placed(parts.denoiser_name, *parts.text_encoders, "vae"):
+            _make_class_images(family, class_prompt(subject.class_name), missing, folder)
+    photos, _ = read_photos(folder, "data.class_images", limit=None)
+    return photos[: cfg.train.prior_images]
+
+
+def _make_class_images(family: Family, prompt: str, missing: Sequence[int], folder: Path) -> None:
     for start in range(0, len(missing), 16):
         seeds = [CLASS_SEED + index for index in missing[start : start + 16]]
         # With fixed settings: sample.* may change before a resume, these pictures must not.
@@ -263,8 +275,6 @@ def class_photos(
         for seed, image in zip(seeds, images, strict=True):
             origin = {"prompt": prompt, "seed": seed, "base": family.components.base}
             save_png(image, folder / f"class-{seed}.png", origin)
-    photos, _ = read_photos(folder, "data.class_images", limit=None)
-    return photos[: cfg.train.prior_images]
 
 
 def _class_folder(
@@ -290,15 +300,27 @@ def _class_folder(
 def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> list[Tensor]:
     """(C, h, w) latents of each item, on the CPU."""
     cache = cache_dir() if cfg.data.cache else None
-    vae: nn.Module = family.components.pipeline.vae
-    latents = encode_items(
-        dataset.items,
-        family.encode_images,
-        resolution_px=cfg.data.resolution_px or family.resolution_px,
-        model={"vae": weights_digest(vae), "device": family.components.device.type},
-        folder=None if cache is None else cache / "latents",
-    )
+    with family.components.placed("vae"):
+        latents = encode_items(
+            dataset.items,
+            family.encode_images,
+            resolution_px=cfg.data.resolution_px or family.resolution_px,
+            model=encoder_identity(family),
+            folder=None if cache is None else cache / "latents",
+        )
     return [latents[item.image_id] for item in dataset.items]
+
+
+def encoder_identity(family: Family) -> dict[str, str]:
+    """What latents depend on besides picture and resolution: weights, settings, format, device."""
+    vae: Any = family.components.pipeline.vae
+    settings = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    return {
+        "vae": weights_digest(vae),
+        "settings": json.dumps(settings, sort_keys=True, default=str),
+        "dtype": str(vae.dtype),
+        "device": family.components.device.type,
+    }
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from nora_diffusion.adapter import deferred_factors, iter_nora_layers
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.data.buckets import Size, closest_bucket
 from nora_diffusion.data.dataset import class_prompt
+from nora_diffusion.families import quantise
 from nora_diffusion.families.base import (
     Conditioning,
     Family,
@@ -25,6 +26,8 @@ from nora_diffusion.families.base import (
     resolve_device,
     resolve_dtype,
 )
+from nora_diffusion.families.encoding import save_vae_memory
+from nora_diffusion.families.loading import is_staged
 from nora_diffusion.families.skeleton import META, skeleton, tensors_of
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
@@ -104,21 +107,30 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] 
     Raises:
         UserError: when the base's configs cannot be had, or a setting does not fit the base.
     """
-    dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device))
+    device = resolve_device(cfg.model.device)
+    dtype = resolve_dtype(cfg.model.dtype, device)
     family = skeleton(cfg.model.base, dtype)
     parts = family.components
     width, height = _largest(cfg, family, sizes)
+    save_vae_memory(parts.pipeline.vae, cfg.data.resolution_px or family.resolution_px)
     everything = _present(family)
     with torch.no_grad():
         pixels = torch.empty(1, 3, height, width, device=META)
         of_picture, latents = _held(everything, lambda: family.encode_images(pixels))
         of_prompt, conditioning = _held(everything, lambda: _conditioning(cfg, family, 1))
-    encoding = bytes_of(everything) + max(of_picture, of_prompt)
+    held = part_bytes(cfg, family)
+    encoding = sum(held.values()) + max(of_picture, of_prompt)
+    if is_staged(device):
+        encoders = sum(held[name] for name in parts.text_encoders)
+        encoding = max(held["vae"] + of_picture, encoders + of_prompt)
+        if cfg.train.prior == "class_images":  # drawn by the whole base
+            encoding = max(encoding, sum(held.values()))
 
     parts.free_image_encoder()
     if not cfg.text_encoder.train:
         parts.free_text_encoders()
-    weights = bytes_of(_present(family))
+    weights = sum(part_bytes(cfg, family).values())
+    passing = _passing_weight(cfg, parts.denoiser)
     models = adapters.adapted_models(cfg, family)
     _add_adapters(cfg, family, models)
     inner = list(adapters.trained_parameters(models).values())
@@ -128,7 +140,7 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] 
         weights=weights,
         outer_factors=bytes_of(t for model in models.values() for t in _outer(model)),
         trained=copies * bytes_of(inner),
-        activations=_activations(cfg, family, models, latents, conditioning),
+        activations=_activations(cfg, family, models, latents, conditioning) + passing,
         cache=pictures * bytes_of([latents]) + prompts * bytes_of(tensors_of(conditioning)),
         encoding=encoding,
     )
@@ -153,6 +165,27 @@ def picture_sizes(cfg: DreamboothConfig) -> tuple[int, int]:
     dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device))
     family = skeleton(cfg.model.base, dtype)
     return cfg.data.resolution_px or family.resolution_px, family.size_multiple_px
+
+
+def part_bytes(cfg: DreamboothConfig, family: Family) -> dict[str, int]:
+    """Bytes of each model of a skeleton on the device, quantised or offloaded as configured."""
+    parts, mode = family.components, cfg.model.quantize
+    names = ("vae", *parts.text_encoders, parts.denoiser_name)
+    sizes = {name: bytes_of(_tensors(getattr(parts.pipeline, name))) for name in names}
+    if mode != "none":
+        saved = quantise.bytes_saved(parts.pipeline, mode)
+        sizes = {name: size - saved.get(name, 0) for name, size in sizes.items()}
+    if cfg.model.offload == "group":  # its layers are counted as they pass
+        sizes[parts.denoiser_name] = 0
+    return sizes
+
+
+def _passing_weight(cfg: DreamboothConfig, denoiser: nn.Module) -> int:
+    """Bytes of weights that are there only while their layer computes."""
+    layers = [layer.weight.nbytes for _, layer in quantise.linears(denoiser, "none")]
+    if cfg.model.offload == "group":
+        return 2 * max(layers)  # the next one is fetched meanwhile
+    return max(layers) if cfg.model.quantize != "none" else 0
 
 
 def check_memory(
@@ -207,6 +240,11 @@ def _savings(cfg: DreamboothConfig) -> Iterator[tuple[str, DreamboothConfig]]:
         yield change, changed("text_encoder", train=False)
     if resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device)) == torch.float32:
         yield 'model.dtype = "bf16"', changed("model", dtype="bf16")
+    if cfg.model.quantize == "none" and cfg.model.offload == "none":
+        for mode in ("int8", "nf4"):
+            yield f'model.quantize = "{mode}"', changed("model", quantize=mode)
+        if not cfg.model.compile:
+            yield 'model.offload = "group"', changed("model", offload="group")
     smaller = (cfg.data.resolution_px or 0) * 3 // 4 // 64 * 64
     if smaller >= 256:
         yield f"data.resolution_px = {smaller}", changed("data", resolution_px=smaller)
@@ -279,7 +317,11 @@ def _present(family: Family) -> list[Tensor]:
     """Parameters and buffers of everything that is loaded."""
     parts = family.components
     modules = [parts.pipeline.vae, *parts.text_encoders.values(), parts.denoiser]
-    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return [tensor for module in modules for tensor in _tensors(module)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _outer(model: nn.Module) -> list[Tensor]:

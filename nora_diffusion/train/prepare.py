@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
+from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.config import DreamboothConfig, UserError
-from nora_diffusion.families import load_family
-from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families import load_family, speed
+from nora_diffusion.families.base import Family, resolve_device, resolve_dtype
+from nora_diffusion.families.encoding import save_vae_memory
+from nora_diffusion.families.loading import is_staged
+from nora_diffusion.families.offload import offload_layers
+from nora_diffusion.schema import get_key
+from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import encode_inputs
@@ -25,19 +31,25 @@ def prepare(
     """
     device = resolve_device(cfg.model.device)
     dtype = resolve_dtype(cfg.model.dtype, device)
-    family = load_family(cfg.model.base, family=cfg.model.family, dtype=dtype, device=device)
+    family = load_base(cfg, dtype, device)
     parts = family.components
+    speed.use_attention(parts.denoiser, cfg.model.attention, report.say)
     base_hash = common.weights_digest(parts.denoiser)
     inputs = encode_inputs(cfg, family, report)
     parts.free_image_encoder()
     if not cfg.text_encoder.train:
         parts.free_text_encoders()
+    parts.place_rest()
 
     fitted = checkpoint.tensors.get("outer") if checkpoint else None
     adapters.add_adapters(cfg, family, inputs, fitted)
     models = adapters.adapted_models(cfg, family)
+    if parts.offloaded:
+        adapters.move_adapters(parts.denoiser, device)
     if cfg.train.gradient_checkpointing:
         adapters.checkpoint_gradients(models)
+    if cfg.model.compile:
+        speed.compile_blocks(parts.denoiser)
     parameters = adapters.trained_parameters(models)
     of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
     of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
@@ -65,6 +77,53 @@ def prepare(
 def _subjects_key(cfg: DreamboothConfig) -> str:
     folders = ", ".join(f'"{one.path}"' for one in cfg.data.each())
     return f"data.subjects ({folders})" if cfg.data.subjects else f"data.subject = {folders}"
+
+
+def load_base(cfg: DreamboothConfig, dtype: torch.dtype, device: torch.device) -> Family:
+    """The base as the section ``model`` says; on CUDA its parts wait on the CPU for their turn.
+
+    Raises:
+        UserError: when settings do not go together, or a library is missing.
+    """
+    check_offload(cfg, device)
+    staged = is_staged(device)
+    family = load_family(
+        cfg.model.base, family=cfg.model.family, dtype=dtype, quantize=cfg.model.quantize,
+        device=torch.device("cpu") if staged else device,
+    )  # fmt: skip
+    parts = family.components
+    if staged:
+        parts.stage(device)
+    if cfg.model.offload == "group":
+        # Recomputed layers run in another order than the one that is fetched ahead.
+        prefetch = device.type == "cuda" and not cfg.train.gradient_checkpointing
+        offload_layers(parts.denoiser, device, prefetch=prefetch)
+        parts.offloaded = True
+    save_vae_memory(parts.pipeline.vae, cfg.data.resolution_px or family.resolution_px)
+    return family
+
+
+def check_offload(cfg: DreamboothConfig, device: torch.device) -> None:
+    """Refuse settings that cannot go with ``model.offload = "group"``.
+
+    Raises:
+        UserError: naming them.
+    """
+    if cfg.model.offload == "none":
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f'model.offload = "group": the device is {device.type}, and only CUDA has a memory of '
+            'its own to save; use "none"'
+        )
+    for key, value, cure in (
+        ("model.quantize", cfg.model.quantize != "none", "it is small enough to stay on the GPU"),
+        ("model.compile", cfg.model.compile, "its layers change place between kernels"),
+        ("adapter.basis", cfg.adapter.basis in DATA_BASES, "fit it to data with the base in place"),
+    ):
+        if value:
+            given = quote(get_key(cfg, key))
+            raise UserError(f'model.offload = "group": not with {key} = {given} ({cure})')
 
 
 def _restore(session: Session, checkpoint: Checkpoint) -> None:

@@ -288,3 +288,38 @@ def test_seeded_matrices_are_the_same_for_ever():
         [0.684697234441, 0.374745077432],
     ]
     assert torch.allclose(block, torch.tensor(expected, dtype=torch.float64), atol=1e-11)
+
+
+class OnMps(torch.Tensor):
+    """Stands for a tensor on Apple's GPU, which has no float64."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        given = [*args, *(kwargs or {}).values()]
+        if any(value is torch.float64 for value in given):
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        result = super().__torch_function__(func, types, args, kwargs)
+        away = any(isinstance(value, torch.device) and value.type == "cpu" for value in given)
+        return result.as_subclass(torch.Tensor) if away else result
+
+
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+def test_a_device_without_float64_gets_the_same_factors(monkeypatch, basis):
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
+    statistics = torch.rand(40) if basis == "activation" else None
+    expected = factorise(weight, 8, basis, statistics=statistics, use_cache=False)
+    went = []
+    monkeypatch.setattr(Factors, "to", lambda factors, device: (went.append(device), factors)[1])
+    with pytest.raises(TypeError, match="float64"):
+        weight.as_subclass(OnMps).to(torch.float64)
+    given = None if statistics is None else statistics.as_subclass(OnMps)
+    found = factorise(
+        weight.as_subclass(OnMps), 8, basis, statistics=given, fingerprint="x", use_cache=False
+    )
+    for part in ("outer_A", "outer_B", "singular_values"):
+        assert torch.equal(getattr(found, part), getattr(expected, part))
+    assert went == [torch.device("mps")]
