@@ -28,12 +28,11 @@ from nora_diffusion.families.skeleton import META, skeleton, tensors_of
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
+from nora_diffusion.train.optimizers import optimizer_bytes
 
 Result = TypeVar("Result")
 
 GIGABYTE = 1e9
-OPTIMISER_STATES = 2
-"""Float32 values AdamW keeps for each trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,13 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1) -> MemoryPlan:
     weights = bytes_of(_present(family))
     models = adapters.adapted_models(cfg, family)
     _add_adapters(cfg, family, models)
-    inner = list(adapters.trained_parameters(models).values())
-    copies = 2 + OPTIMISER_STATES + (cfg.train.ema_decay is not None)  # itself, its gradient, ...
+    inner = adapters.trained_parameters(models)
+    copies = 2 + (cfg.train.ema_decay is not None)  # itself, its gradient, ...
     prompts = len(cfg.sample.prompts) + 3  # the subject's, the class's and the negative one
     return MemoryPlan(
         weights=weights,
         outer_factors=bytes_of(t for model in models.values() for t in _outer(model)),
-        trained=copies * bytes_of(inner),
+        trained=copies * bytes_of(inner.values()) + optimizer_bytes(cfg, inner),
         activations=_activations(cfg, family, models, latents, conditioning),
         cache=pictures * bytes_of([latents]) + prompts * bytes_of(tensors_of(conditioning)),
         encoding=encoding,

@@ -12,6 +12,7 @@ from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.optimizers import make_optimizer
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 
@@ -52,7 +53,7 @@ def prepare(
     session = Session(
         cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
         models=models, parameters=parameters,
-        optimizer=common.make_adamw(groups, cfg.train.weight_decay),
+        optimizer=make_optimizer(cfg.train, groups),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=None if decay is None else common.MovingAverage(parameters, decay),
         guard=common.DivergenceGuard(),
@@ -80,7 +81,10 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
             )
     common.copy_into(session.parameters, checkpoint.tensors["trained"])
     common.load_optimizer_tensors(
-        session.optimizer, session.parameters, checkpoint.tensors["optimizer"]
+        session.optimizer,
+        session.parameters,
+        checkpoint.tensors["optimizer"],
+        state.get("optimizer"),
     )
     if session.ema is not None:
         average = checkpoint.tensors["ema"]
