@@ -196,10 +196,10 @@ def _refuse_used_folder(folder: Path, resume: bool) -> None:
 def _dry_run(config: DreamboothConfig, preset: str | None) -> int:
     """Print the config as TOML, and as comments what the run would find."""
     from nora_diffusion.data.images import describe_skipped, read_photos
-    from nora_diffusion.train.optimizers import check_optimizer
+    from nora_diffusion.train.prepare import check_extras
     from nora_diffusion.train.steps import resolve_steps
 
-    check_optimizer(config)
+    check_extras(config)
     config, told = resolve_steps(config)
     print(to_toml(config))
     lines = [] if preset is None else _preset_lines(config, preset)

@@ -31,12 +31,13 @@ from nora_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from nora_diffusion.train.memory import check_memory, plan_memory
-from nora_diffusion.train.optimizers import check_optimizer
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
-from nora_diffusion.train.prepare import prepare
+from nora_diffusion.train.prepare import check_extras, prepare
+from nora_diffusion.train.publish import push_to_hub
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 from nora_diffusion.train.steps import resolve_steps
+from nora_diffusion.train.trackers import open_trackers
 
 
 def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
@@ -56,13 +57,13 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     cfg, told = resolve_steps(cfg)
-    check_optimizer(cfg)
+    check_extras(cfg)
     folder = _open_folder(cfg, resume)
     report = Report(
         folder,
         total_steps=cfg.train.total_steps,
         log_every=cfg.train.log_every,
-        tensorboard=cfg.output.tensorboard,
+        trackers=open_trackers(cfg, folder),
     )
     with report, _failures_reported(report):
         if told is not None:
@@ -74,6 +75,8 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         session = prepare(cfg, folder, report, checkpoint)
         train(session)
         write_outcome(session)
+        if cfg.output.push_to_hub is not None:
+            report.say(f"uploaded to {push_to_hub(folder, cfg.output.push_to_hub)}")
         report.event("done", session.step, message=f"finished; everything is in {folder}")
     return folder
 

@@ -47,17 +47,25 @@ def check_optimizer(cfg: DreamboothConfig) -> None:
             f'train.optimizer = "{name}": it needs {library}, which is not installed; run: '
             'pip install "nora-diffusion[optimizers]", or set it to "adamw"'
         ) from error
-    if name == "adamw_8bit":  # its kernels are compiled for some devices only: try one step
-        device = resolve_device(cfg.model.device)
-        try:
-            probe = nn.Parameter(torch.zeros(SMALLEST_8BIT, device=device))
-            probe.grad = torch.zeros_like(probe)
-            make_optimizer(cfg.train, [([probe], 1e-3)]).step()
-        except Exception as error:  # whatever a missing kernel ends in
-            raise UserError(
-                f'train.optimizer = "{name}": the installed bitsandbytes cannot do its step on '
-                f'{device} ({error}); set it to "adamw", or try a newer bitsandbytes'
-            ) from error
+    if name == "adamw_8bit":
+        try_eight_bits(cfg.train, resolve_device(cfg.model.device))
+
+
+def try_eight_bits(cfg: Train, device: torch.device) -> None:
+    """Make one 8-bit step: the kernels for it are compiled for some devices only.
+
+    Raises:
+        UserError: when it fails.
+    """
+    try:
+        probe = nn.Parameter(torch.zeros(SMALLEST_8BIT, device=device))
+        probe.grad = torch.zeros_like(probe)
+        make_optimizer(cfg, [([probe], 1e-3)]).step()
+    except Exception as error:  # whatever a missing kernel ends in
+        raise UserError(
+            f'train.optimizer = "adamw_8bit": the installed bitsandbytes cannot do its step on '
+            f'{device} ({error}); set it to "adamw", or try a newer bitsandbytes'
+        ) from error
 
 
 def make_optimizer(cfg: Train, groups: Groups) -> torch.optim.Optimizer:

@@ -12,9 +12,22 @@ from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import encode_inputs
-from nora_diffusion.train.optimizers import make_optimizer
+from nora_diffusion.train.optimizers import check_optimizer, make_optimizer
+from nora_diffusion.train.publish import check_upload
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
+from nora_diffusion.train.trackers import check_trackers
+
+
+def check_extras(cfg: DreamboothConfig) -> None:
+    """Refuse, before anything is written, what this installation cannot do.
+
+    Raises:
+        UserError: naming the key, and what to install or to set.
+    """
+    check_optimizer(cfg)
+    check_trackers(cfg)
+    check_upload(cfg)
 
 
 def prepare(
