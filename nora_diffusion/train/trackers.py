@@ -26,7 +26,11 @@ def open_trackers(cfg: DreamboothConfig, run: Path) -> list[Any]:
     Raises:
         UserError: when one is not installed, or W&B cannot start.
     """
-    opened = []
+    opened: list[Any] = []
+    if cfg.output.tensorboard or cfg.output.wandb is not None:
+        from accelerate import PartialState
+
+        PartialState()  # trackers and their logger ask it which process this is
     if cfg.output.tensorboard:
         opened.append(_open_tensorboard(run))
     if cfg.output.wandb is not None:
