@@ -96,7 +96,9 @@ def test_the_same_command_with_its_preset_resumes_a_run_and_another_does_not(tmp
         load_run(run, [], "8gb")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", ["8gb", *(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS if p != "8gb")]
+)
 def test_training_fits_the_card(preset):
     """SD 1.5 as a whole, and the steps of SDXL (its text encoders need 9.8 GB before them)."""
     from nora_diffusion.train.memory import plan_memory
