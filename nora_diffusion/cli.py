@@ -21,7 +21,8 @@ from nora_diffusion.config import (
     load_run,
     shipped_configs,
 )
-from nora_diffusion.schema import list_keys
+from nora_diffusion.presets import PRESETS, find_preset
+from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote, to_toml
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -32,7 +33,7 @@ MEMORY_CURES = (
 
 
 def main_dreambooth(argv: Sequence[str] | None = None) -> int:
-    """``nora-dreambooth CONFIG [--section.key value ...] [--dry-run] [--resume DIR]``."""
+    """``nora-dreambooth CONFIG [--preset P] [--section.key value ...] [--resume DIR]``."""
     return _guard("nora-dreambooth", _dreambooth, sys.argv[1:] if argv is None else argv)
 
 
@@ -96,9 +97,9 @@ def _dreambooth(argv: Sequence[str]) -> int:
     argv, overrides = _part_overrides(argv)
     args, unknown = _dreambooth_parser().parse_known_args(argv)
     overrides += unknown
-    config, resume = _settle(args.config, args.resume, overrides)
+    config, resume = _settle(args.config, args.resume, overrides, args.preset)
     if args.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, args.preset)
 
     from nora_diffusion.train import dreambooth
 
@@ -112,7 +113,7 @@ def _dreambooth(argv: Sequence[str]) -> int:
 def _dreambooth_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nora-dreambooth",
-        usage="%(prog)s CONFIG [--section.key value ...] [--dry-run] [--resume DIR]",
+        usage="%(prog)s CONFIG [--preset P] [--section.key value ...] [--dry-run] [--resume DIR]",
         description="Teach a diffusion model your subject from 1 to 20 photos.",
         epilog='Lists: repeat the flag, or give a TOML array. "none" unsets a key that allows it.',
         allow_abbrev=False,
@@ -129,6 +130,12 @@ def _dreambooth_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="continue the run in DIR with its own settings; start one there if there is none",
     )
+    parser.add_argument(
+        "--preset",
+        metavar="P",
+        help=f"settings for a card of that size, listed below: {', '.join(PRESETS)}; they go "
+        "before the config, and --section.key goes before them",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     groups: dict[type, Any] = {}
     for key in list_keys(DreamboothConfig):
@@ -138,6 +145,8 @@ def _dreambooth_parser() -> argparse.ArgumentParser:
         default = "required" if key.required else f"default {quote(key.default)}"
         text = f"{key.help} ({key.allowed}; {default})"
         groups[key.section].add_argument(f"--{key.name}", metavar="V", help=text.replace("%", "%%"))
+    for name, choices in PRESETS.items():
+        parser.add_argument_group(f"--preset {name}", " ".join(map(str, choices)))
     return parser
 
 
@@ -163,12 +172,12 @@ def _part_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _settle(
-    source: str | None, resume: str | None, overrides: list[str]
+    source: str | None, resume: str | None, overrides: list[str], preset: str | None
 ) -> tuple[DreamboothConfig, bool]:
     """The config to train with, and whether it continues a run."""
     own = None if resume is None else Path(resume).expanduser() / RUN_CONFIG
     if own is not None and own.is_file():
-        config = load_run(own.parent, overrides)
+        config = load_run(own.parent, overrides, preset)
         if source is not None:
             print(f"resuming with the run's own settings ({own}), not {source}", file=sys.stderr)
         return config, True
@@ -181,7 +190,7 @@ def _settle(
         )
     if resume is not None:
         overrides = [*overrides, f"output.dir={resume}"]
-    config = load_config(source, overrides)
+    config = load_config(source, overrides, preset)
     _refuse_used_folder(Path(config.output.dir).expanduser(), resume is not None)
     return config, False
 
@@ -204,17 +213,33 @@ def _refuse_used_folder(folder: Path, resume: bool) -> None:
     )
 
 
-def _dry_run(config: DreamboothConfig) -> int:
+def _dry_run(config: DreamboothConfig, preset: str | None) -> int:
     """Print the config as TOML, and as comments what the run would find."""
     from nora_diffusion.train import photos
+    from nora_diffusion.train.prepare import check_extras
+    from nora_diffusion.train.steps import resolve_steps
 
+    check_extras(config)
+    config, told = resolve_steps(config)
     print(to_toml(config))
+    lines = [] if preset is None else _preset_lines(config, preset)
+    lines += [] if told is None else [told]
     found = photos.read_subjects(config)
     sizes, memory = _of_base(config, found)
-    told = photos.report_lines(config, found, sizes)
-    lines = [line for text in (*told, *memory) for line in text.splitlines()]
+    reported = photos.report_lines(config, found, sizes)
+    lines += [line for text in (*reported, *memory) for line in text.splitlines()]
     print("\n".join(f"# {line}" for line in lines))
     return 0
+
+
+def _preset_lines(config: DreamboothConfig, preset: str) -> list[str]:
+    """A line for each choice of a preset, with what the command line made of it."""
+    lines = [f"--preset {preset}:"]
+    for choice in find_preset(preset):
+        now = get_key(config, choice.key)
+        changed = "" if now == choice.value else f" Here {quote(now)}, from the command line."
+        lines.append(f"  {choice}{changed}")
+    return lines
 
 
 def _of_base(

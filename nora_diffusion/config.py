@@ -4,11 +4,12 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
+from nora_diffusion.presets import Choice, find_preset
 from nora_diffusion.schema import Section, get_key, list_keys, setting
 from nora_diffusion.settings import (
     ConfigError,
@@ -48,6 +49,7 @@ class TimestepLaw(TypedDict):
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Targets = tuple[Literal["attention", "feed_forward", "convolution"], ...]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "schedule_free"]
 
 
 class Model(Section):
@@ -238,13 +240,29 @@ class Data(Section):
 class Train(Section):
     """The optimisation."""
 
-    steps: int = setting(400, "Optimiser steps.", unit="steps", resume=True, ge=1)
+    steps: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
+        400,
+        "Optimiser steps; auto: 100 for each photo, divided by the square root of the pictures a "
+        "step, within 400 and 2000.",
+        unit="steps",
+        resume=True,
+        allowed="a whole number >= 1, or auto",
+    )
     batch_size: int = setting(4, "Images in one forward pass.", unit="images", ge=1)
     gradient_accumulation_steps: int = setting(
         1, "Forward passes added up for one optimiser step.", ge=1
     )
+    optimizer: Optimizer = setting(
+        "adamw",
+        "AdamW; adamw_8bit: the same, its state in 8 bits where an inner matrix has 4096 numbers "
+        "or more; adafactor: hardly any state; prodigy: finds the learning rate; schedule_free: "
+        "averages its steps instead of lowering the rate.",
+    )
     learning_rate: float = setting(
-        1e-3, "Peak learning rate: 10 to 20 times what LoRA takes.", gt=0
+        1e-3,
+        "Peak learning rate: 10 to 20 times what LoRA takes; with prodigy a factor on the rate it "
+        "finds, 1.0 as a rule.",
+        gt=0,
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = setting(
         "constant", "Course of the learning rate after the warm-up; cosine and linear end at 0."
@@ -252,7 +270,7 @@ class Train(Section):
     lr_warmup_steps: int = setting(
         20, "Steps in which the learning rate rises from 0.", unit="steps", ge=0
     )
-    weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.", ge=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients above this norm are scaled down to it.", gt=0)
     seed: Seed = setting(0, "Seed of data order, noise, timesteps and dropout.")
     prior: Literal["class_images", "base_prediction", "none"] = setting(
@@ -291,6 +309,37 @@ class Train(Section):
         10, "Write loss and rate every N steps.", unit="steps", resume=True, ge=1
     )
 
+    @property
+    def total_steps(self) -> int:
+        """``steps`` as a number.
+
+        Raises:
+            ValueError: while it is "auto"; ``train.steps.resolve_steps`` makes it a number.
+        """
+        if self.steps == "auto":
+            raise ValueError("train.steps is still auto")
+        return self.steps
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.optimizer == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+            raise ValueError(
+                f"train.learning_rate = {self.learning_rate:g}: with train.optimizer = "
+                f'"prodigy" it is a factor on the rate that Prodigy finds; set it to 1.0 '
+                "(0.1 to 10 are allowed)"
+            )
+        if self.optimizer == "schedule_free" and self.lr_schedule != "constant":
+            raise ValueError(
+                f'train.lr_schedule = "{self.lr_schedule}": train.optimizer = "schedule_free" '
+                'averages its steps instead of lowering the rate; set it to "constant"'
+            )
+        if self.optimizer == "schedule_free" and self.ema_decay is not None:
+            raise ValueError(
+                f"train.ema_decay = {self.ema_decay:g}: train.optimizer = "
+                '"schedule_free" saves an average of its own; set it to "none"'
+            )
+        return self
+
 
 class Sample(Section):
     """Pictures made while training and at its end."""
@@ -327,6 +376,20 @@ class Output(Section):
         resume=True,
     )
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", resume=True)
+    wandb: str | None = setting(
+        None,
+        "Weights & Biases project to log to as well; WANDB_MODE=offline keeps the log in the run "
+        "folder.",
+        resume=True,
+        min_length=1,
+    )
+    push_to_hub: str | None = setting(
+        None,
+        "Hugging Face repository, as USER/NAME, to upload the finished run to; a new one is "
+        "private. before_after.png shows the photos.",
+        resume=True,
+        min_length=1,
+    )
 
 
 class DreamboothConfig(Section):
@@ -339,6 +402,16 @@ class DreamboothConfig(Section):
     train: Train = Train()
     sample: Sample = Sample()
     output: Output = Output()
+
+    @model_validator(mode="after")
+    def _one_rate_for_prodigy(self) -> Self:
+        rate = self.text_encoder.learning_rate
+        if self.train.optimizer == "prodigy" and rate not in (None, self.train.learning_rate):
+            raise ValueError(
+                f"text_encoder.learning_rate = {rate:g}: Prodigy finds one rate for all that is "
+                'trained; set it to "none"'
+            )
+        return self
 
 
 def fill_prompt(text: str, trigger: str, class_name: str) -> str:
@@ -357,19 +430,35 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> DreamboothConfig:
-    """Read a config file or a shipped config and apply overrides to it.
+def load_config(
+    source: str | Path, overrides: Sequence[str] = (), preset: str | None = None
+) -> DreamboothConfig:
+    """Read a config file or a shipped config, and lay a preset and then overrides over it.
 
     Args:
         source: path of a TOML file, or the name of a shipped config such as ``"mini"``.
         overrides: as on the command line: ``"--train.steps", "300"`` or ``"train.steps=300"``.
+        preset: name of one of ``presets.PRESETS``.
 
     Raises:
         ConfigError: naming every problem at once.
     """
-    values, problems = apply_overrides(DreamboothConfig, read_toml(find_config(source)), overrides)
+    choices = () if preset is None else find_preset(preset)
+    given = _lay_over(read_toml(find_config(source)), choices)
+    values, problems = apply_overrides(DreamboothConfig, given, overrides)
     origin = f"{source} and the command line" if overrides else str(source)
     return validate(DreamboothConfig, values, origin, problems)
+
+
+def _lay_over(values: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
+    """A preset's choices over the values of a file."""
+    merged = dict(values)
+    for choice in choices:
+        section, key = choice.key.split(".")
+        given = merged.get(section, {})
+        if isinstance(given, dict):  # else validate says what is wrong with the section
+            merged[section] = {**cast(dict[str, Any], given), key: choice.value}
+    return merged
 
 
 def find_config(source: str | Path) -> Path:
@@ -402,13 +491,16 @@ def save_config(config: DreamboothConfig, folder: str | Path) -> Path:
     return path
 
 
-def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothConfig:
+def load_run(
+    folder: str | Path, overrides: Sequence[str] = (), preset: str | None = None
+) -> DreamboothConfig:
     """The config of an existing run, for resuming it.
 
     Args:
         folder: the run folder; it becomes ``output.dir``, so a run may have been moved.
         overrides: may change only the keys that leave finished steps as they are (and repeat
             any other key with the run's own value).
+        preset: taken before the overrides, under the same rule.
 
     Raises:
         ConfigError: when an override contradicts the run.
@@ -417,7 +509,9 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> DreamboothCon
     saved = read_toml(path)
     saved.setdefault("output", {})["dir"] = str(folder)
     before = validate(DreamboothConfig, saved, str(path))
-    values, problems = apply_overrides(DreamboothConfig, saved, overrides)
+    choices = () if preset is None else find_preset(preset)
+    given = _lay_over(saved, choices)
+    values, problems = apply_overrides(DreamboothConfig, given, overrides)
     after = validate(DreamboothConfig, values, f"{path} and the command line", problems)
 
     keys = list_keys(DreamboothConfig)

@@ -234,7 +234,7 @@ def _explain(
     if details["type"] == "missing" and len(location) == 2:
         field = next(key for key in list_keys(schema) if key.name == name)
         return f"{name}: missing; give it as --{name} ({field.help.rstrip('.')})"
-    if len(location) == 1 and details["type"] == "value_error":
+    if len(location) <= 1 and details["type"] == "value_error":
         return details["msg"].removeprefix("Value error, ")
     if len(location) == 1:
         return f"{name} = {quote(given)}: must be a section of keys, [{name}]"

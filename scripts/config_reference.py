@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nora_diffusion.config import DreamboothConfig
+from nora_diffusion.presets import PRESETS
 from nora_diffusion.schema import list_keys
 from nora_diffusion.settings import quote
 
@@ -13,11 +14,12 @@ INTRODUCTION = """\
 
 Written by `python scripts/config_reference.py` from the schema in `nora_diffusion/config.py`.
 
-    nora-dreambooth CONFIG [--section.key value ...] [--dry-run] [--resume DIR]
+    nora-dreambooth CONFIG [--preset P] [--section.key value ...] [--dry-run] [--resume DIR]
 
 `CONFIG` is a TOML file or the name of one in `configs/`, such as `mini`. The command line goes
-before the file, the file before the defaults below. Paths are relative to the folder the command is
-run in.
+before a [preset](#presets), the preset before the file, the file before the defaults below. Paths
+are relative to the folder the command is run in. `docs/training.md` says more about optimisers,
+steps and logs.
 
 - `--dry-run` prints every setting as it would be used, and what is in the photo folder
   ([data.md](data.md)).
@@ -29,6 +31,14 @@ run in.
   already done. With a `cosine` or `linear` schedule a new `train.steps` moves the end of the
   schedule for the steps still to come. If `DIR` holds no run yet, `CONFIG` starts one there.
 - Unknown settings and values that are not allowed are errors, all reported at once.
+"""
+
+
+PRESETS_INTRODUCTION = """
+## presets
+
+`--preset P` lays these settings over the file, for a card with that much memory. No preset changes
+the optimiser: a NoRA adapter's state is a few MB, whatever keeps it.
 """
 
 
@@ -46,6 +56,10 @@ def page() -> str:
         default = "*required*" if key.required else f"`{quote(key.default)}`"
         resume = "yes" if key.resume else ""
         lines.append(f"| `{key.name}` | {key.allowed}{unit} | {default} | {resume} | {key.help} |")
+    lines.append(PRESETS_INTRODUCTION)
+    lines += ["| preset | setting | why |", "|---|---|---|"]
+    for name, choices in PRESETS.items():
+        lines += [f"| `{name}` | `{c.key} = {quote(c.value)}` | {c.why} |" for c in choices]
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = [name for name in ("nora_diffusion", "webui") if (ROOT / name).is_dir()]
 
-BASE = {"nora_diffusion", "schema", "settings", "config", "events"}
+BASE = {"nora_diffusion", "schema", "settings", "presets", "config", "events"}
 """What everyone may import; of these, the package itself is only its version and lazy names."""
 
 MAY_IMPORT = {
@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "schema": set(),
     "settings": {"schema"},
     "subjects": {"schema"},
-    "config": {"schema", "settings", "subjects"},
+    "presets": {"settings"},
+    "config": {"schema", "settings", "presets", "subjects"},
     "events": set(),
     "adapter.factor_cache": set(),
     "adapter.factors": {"adapter.factor_cache"},
@@ -147,7 +148,17 @@ def test_only_one_file_touches_the_peft_enum():
 
 
 HEAVY = ("torch", "numpy", "PIL", "peft", "diffusers", "transformers", "accelerate")
-LIGHT = ["", ".schema", ".settings", ".config", ".events", ".families", ".cli", ".commands"]
+LIGHT = [
+    "",
+    ".schema",
+    ".settings",
+    ".presets",
+    ".config",
+    ".events",
+    ".families",
+    ".cli",
+    ".commands",
+]
 LIGHT_MODULES = [f"nora_diffusion{name}" for name in LIGHT]
 if "webui.app" in SOURCES:
     LIGHT_MODULES.append("webui.app")

@@ -156,7 +156,7 @@ def test_required_keys_say_what_they_are(tmp_path):
 
 def test_files_are_strict_about_types(toml):
     assert problems(toml('[train]\nsteps = "3"')) == [
-        'train.steps = "3": must be a whole number >= 1'
+        'train.steps = "3": must be a whole number >= 1, or auto'
     ]
     assert problems(toml("train = 3")) == ["train = 3: must be a section of keys, [train]"]
 

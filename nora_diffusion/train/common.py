@@ -122,20 +122,47 @@ def make_adamw(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to ``factor`` times its peak; returns the first group's rate."""
+    """Set every group to ``factor`` times its peak; returns the first group's rate.
+
+    With Prodigy the rate is a factor on the one it has found so far, ``d``; their product is
+    returned.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
+    first = optimizer.param_groups[0]
+    return first["lr"] * first.get("d", 1.0)
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors, ``<parameter>/<state>``."""
+    """The tensors of an optimiser's state as ``<parameter>/<state>``; none shares memory."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, parameter in names.items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                shared = value.data_ptr() in seen  # bitsandbytes' code books are
+                seen.add(value.data_ptr())
+                found[f"{name}/{key}"] = value.clone() if shared else value
+    return found
+
+
+def optimizer_numbers(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """The rest of an optimiser's state, as JSON values: counters, and what its groups found."""
+
+    def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+
     return {
-        f"{name}/{key}": value
-        for name, parameter in names.items()
-        for key, value in optimizer.state[parameter].items()
+        "groups": [numbers(group) for group in optimizer.param_groups],
+        "parameters": {
+            name: kept
+            for name, parameter in names.items()
+            if (kept := numbers(optimizer.state[parameter]))
+        },
     }
 
 
@@ -143,12 +170,18 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     names: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any] | None = None,
 ) -> None:
-    """Inverse of ``optimizer_tensors``.
+    """Inverse of ``optimizer_tensors`` and ``optimizer_numbers``.
 
     Raises:
         KeyError: when a tensor belongs to no parameter.
     """
+    numbers = numbers or {"groups": [], "parameters": {}}  # of AdamW there is nothing to know
+    for group, kept in zip(optimizer.param_groups, numbers["groups"], strict=False):
+        group.update(kept)
+    for name, kept in numbers["parameters"].items():
+        optimizer.state[names[name]].update(kept)
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
         optimizer.state[names[name]][state] = value.to(names[name].device).clone()

@@ -32,9 +32,12 @@ from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
 from nora_diffusion.train.photos import all_photos, count_pictures, read_subjects
-from nora_diffusion.train.prepare import prepare
+from nora_diffusion.train.prepare import check_extras, prepare
+from nora_diffusion.train.publish import push_to_hub
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
+from nora_diffusion.train.steps import resolve_steps
+from nora_diffusion.train.trackers import open_trackers
 
 
 def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
@@ -53,14 +56,18 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
         TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
+    cfg, told = resolve_steps(cfg)
+    check_extras(cfg)
     folder = _open_folder(cfg, resume)
     report = Report(
         folder,
-        total_steps=cfg.train.steps,
+        total_steps=cfg.train.total_steps,
         log_every=cfg.train.log_every,
-        tensorboard=cfg.output.tensorboard,
+        trackers=open_trackers(cfg, folder),
     )
     with report, _failures_reported(report):
+        if told is not None:
+            report.say(told)
         _check_memory(cfg, report)
         checkpoint = newest_checkpoint(folder) if resume else None
         if checkpoint is not None:
@@ -68,6 +75,8 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         session = prepare(cfg, folder, report, checkpoint)
         train(session)
         write_outcome(session)
+        if cfg.output.push_to_hub is not None:
+            report.say(f"uploaded to {push_to_hub(folder, cfg.output.push_to_hub)}")
         report.event("done", session.step, message=f"finished; everything is in {folder}")
     return folder
 
@@ -75,15 +84,16 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
 def train(session: Session) -> None:
     """The loop: from ``session.step`` to ``train.steps``."""
     cfg, report = session.cfg.train, session.report
+    steps = cfg.total_steps
     parameters = list(session.parameters.values())
     resumed = f", resumed at step {session.step}" if session.step else ""
-    report.event("start", session.step, message=f"{cfg.steps} steps{resumed}")
+    report.event("start", session.step, message=f"{steps} steps{resumed}")
     for model in session.models.values():
         model.train()
     report.start_loop(session.step)
     with common.StopSignal() as stop:
-        while session.step < cfg.steps:
-            factor = common.lr_factor(session.step, cfg.lr_schedule, cfg.lr_warmup_steps, cfg.steps)
+        while session.step < steps:
+            factor = common.lr_factor(session.step, cfg.lr_schedule, cfg.lr_warmup_steps, steps)
             lr = common.set_lr(session.optimizer, factor)
             loss = sum(
                 accumulate_gradients(session, micro_step)
@@ -100,7 +110,7 @@ def train(session: Session) -> None:
             session.step += 1
             report.step(session.step, loss, lr)
 
-            last = session.step == cfg.steps
+            last = session.step == steps
             if last or stop.name or _due(session.step, cfg.checkpoint_every):
                 _save_checkpoint(session)
             if stop.name:
@@ -211,6 +221,7 @@ def _save_checkpoint(session: Session) -> None:
         "base_hash": session.base_hash,
         "scaler": session.scaler.state_dict(),
         "first_losses": session.guard.first,
+        "optimizer": common.optimizer_numbers(session.optimizer, session.parameters),
     }
     keep = session.cfg.train.checkpoints_keep
     used = {stem: named for stem, named in tensors.items() if named}

@@ -32,13 +32,12 @@ from nora_diffusion.families.skeleton import META, skeleton, tensors_of
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
+from nora_diffusion.train.optimizers import optimizer_bytes
 from nora_diffusion.train.photos import buckets_of, scene_prompts
 
 Result = TypeVar("Result")
 
 GIGABYTE = 1e9
-OPTIMISER_STATES = 2
-"""Float32 values AdamW keeps for each trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,13 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] 
     passing = _passing_weight(cfg, parts.denoiser)
     models = adapters.adapted_models(cfg, family)
     _add_adapters(cfg, family, models)
-    inner = list(adapters.trained_parameters(models).values())
-    copies = 2 + OPTIMISER_STATES + (cfg.train.ema_decay is not None)  # itself, its gradient, ...
+    inner = adapters.trained_parameters(models)
+    copies = 2 + (cfg.train.ema_decay is not None)  # itself, its gradient, ...
     prompts = len(scene_prompts(cfg)) + 1 + 2 * len(cfg.data.each())  # negative, own and class's
     return MemoryPlan(
         weights=weights,
         outer_factors=bytes_of(t for model in models.values() for t in _outer(model)),
-        trained=copies * bytes_of(inner),
+        trained=copies * bytes_of(inner.values()) + optimizer_bytes(cfg, inner),
         activations=_activations(cfg, family, models, latents, conditioning) + passing,
         cache=pictures * bytes_of([latents]) + prompts * bytes_of(tensors_of(conditioning)),
         encoding=encoding,

@@ -26,6 +26,7 @@ from nora_diffusion.sampling import (
 )
 from nora_diffusion.train import adapters
 from nora_diffusion.train.model_card import PEFT_FOLDER, model_card
+from nora_diffusion.train.optimizers import evaluation_weights
 from nora_diffusion.train.photos import distinct_subjects, scene_prompts
 from nora_diffusion.train.session import Session
 
@@ -101,11 +102,13 @@ def describe(session: Session) -> dict[str, Any]:
 
 @contextmanager
 def _averaged(session: Session) -> Iterator[None]:
-    """The moving average in place of the parameters, where there is one."""
-    if session.ema is None:
-        yield
-        return
-    with session.ema.applied():
+    """The moving average in place of the parameters, or the optimiser's, where there is one."""
+    average = (
+        evaluation_weights(session.optimizer, session.parameters)
+        if session.ema is None
+        else session.ema.applied()
+    )
+    with average:
         yield
 
 

@@ -18,8 +18,22 @@ from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.optimizers import check_optimizer, make_optimizer
+from nora_diffusion.train.publish import check_upload
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
+from nora_diffusion.train.trackers import check_trackers
+
+
+def check_extras(cfg: DreamboothConfig) -> None:
+    """Refuse, before anything is written, what this installation cannot do.
+
+    Raises:
+        UserError: naming the key, and what to install or to set.
+    """
+    check_optimizer(cfg)
+    check_trackers(cfg)
+    check_upload(cfg)
 
 
 def prepare(
@@ -64,7 +78,7 @@ def prepare(
     session = Session(
         cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
         models=models, parameters=parameters,
-        optimizer=common.make_adamw(groups, cfg.train.weight_decay),
+        optimizer=make_optimizer(cfg.train, groups),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=None if decay is None else common.MovingAverage(parameters, decay),
         guard=common.DivergenceGuard(),
@@ -144,7 +158,10 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
             )
     common.copy_into(session.parameters, checkpoint.tensors["trained"])
     common.load_optimizer_tensors(
-        session.optimizer, session.parameters, checkpoint.tensors["optimizer"]
+        session.optimizer,
+        session.parameters,
+        checkpoint.tensors["optimizer"],
+        state.get("optimizer"),
     )
     if session.ema is not None:
         average = checkpoint.tensors["ema"]

@@ -1,17 +1,17 @@
-"""What a run tells: progress bar, ``events.jsonl``, TensorBoard."""
+"""What a run tells: progress bar, ``events.jsonl``, and trackers such as TensorBoard."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from nora_diffusion.config import UserError
 from nora_diffusion.events import EventLog, EventName
+from nora_diffusion.train.trackers import log_picture
 
 EVENTS = "events.jsonl"
 
@@ -23,18 +23,14 @@ class Report:
     """
 
     def __init__(
-        self, run: Path, *, total_steps: int, log_every: int, tensorboard: bool = False
+        self, run: Path, *, total_steps: int, log_every: int, trackers: Sequence[Any] = ()
     ) -> None:
-        """Open the run's event log.
-
-        Raises:
-            UserError: when TensorBoard is asked for and not installed.
-        """
+        """Open the run's event log; ``trackers`` are ``accelerate.tracking.GeneralTracker``."""
         self.run = run
         self.total_steps = total_steps
         self.log_every = log_every
         self._events = EventLog(run / EVENTS)
-        self._board = _open_tensorboard(run) if tensorboard else None
+        self._trackers = trackers
         self._bar: tqdm[Any] | None = None
         self._losses: list[float] = []
         self._training_s = 0.0
@@ -48,10 +44,10 @@ class Report:
         self.close()
 
     def close(self) -> None:
-        """Close bar and TensorBoard; events can still be written."""
+        """Close bar and trackers; events can still be written."""
         self.end_loop()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -96,26 +92,14 @@ class Report:
         """Announce a picture that was written into the run folder."""
         shown = path.relative_to(self.run).as_posix()
         self.event("sample", step, image=shown, message=message)
-        if self._board is not None:
-            self._board.add_image(message, np.asarray(image), step, dataformats="HWC")
+        for tracker in self._trackers:
+            log_picture(tracker, message, image, step)
 
     def _flush(self, step: int, lr: float) -> None:
         loss = sum(self._losses) / len(self._losses)
         self._losses.clear()
         eta_s = (self.total_steps - step) * self._training_s / self._steps
         self.event("step", step, loss=loss, lr=lr, eta_s=round(eta_s, 1))
-        if self._board is not None:
-            self._board.add_scalar("loss", loss, step)
-            self._board.add_scalar("lr", lr, step)
-            self._board.add_scalar("steps_per_s", self._steps / self._training_s, step)
-
-
-def _open_tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "output.tensorboard = true: TensorBoard is not installed; run: "
-            'pip install "nora-diffusion[tensorboard]", or leave the key out'
-        ) from error
-    return SummaryWriter(str(run / "tensorboard"))
+        values = {"loss": loss, "lr": lr, "steps_per_s": self._steps / self._training_s}
+        for tracker in self._trackers:
+            tracker.log(values, step)

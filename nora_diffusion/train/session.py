@@ -36,7 +36,7 @@ class Session:
     base_hash: str
     models: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: MovingAverage | None
     guard: DivergenceGuard

@@ -277,12 +277,27 @@ VARIANTS = {
     },
     "fp16": {"model": {"dtype": "fp16"}},
     "fitted": {"adapter": {"basis": "activation", "r": 4, "inner_r": 2}},
+    "adafactor": {"train": {"optimizer": "adafactor", "weight_decay": 0.1}},
+    "prodigy": {
+        "train": {"optimizer": "prodigy", "learning_rate": 1.0, "weight_decay": 0.1},
+        "text_encoder": {"train": True},
+    },
+    "schedule_free": {
+        "train": {"optimizer": "schedule_free", "learning_rate": 0.02},
+        "sample": {"prompts": ["a {trigger}"], "n": 1, "steps": 1, "every": 2},
+    },
+    "adamw_8bit": {  # with inner matrices large enough for an 8-bit state
+        "model": {"base": "mini"},
+        "train": {"optimizer": "adamw_8bit"},
+        "adapter": {"target_modules": ("ff.net.0.proj",), "r": 128, "inner_r": 64},
+    },
     "class images": {"train": {"prior": "class_images", "prior_images": 2, "batch_size": 2}},
 }
 
 
 # One with everything on and one with nothing; the rest take their time with the long tests.
-EVERY_TIME = ("plain", "everything")
+OPTIMIZERS = ("adafactor", "prodigy", "schedule_free", "adamw_8bit")
+EVERY_TIME = ("plain", "everything", "schedule_free")  # and all in test_optimizers.py
 
 
 @pytest.mark.parametrize(
@@ -320,6 +335,14 @@ def test_two_resumes_give_the_bits_of_one_run_and_repeat_no_step(make_config, tm
         dreambooth.run(cfg, resume=True)
     assert rest.count == (steps - done) * a_step
     assert_same(trained(tmp_path / "parts"), trained(tmp_path / "whole"))
+    saved = [newest_checkpoint(tmp_path / folder) for folder in ("parts", "whole")]
+    assert saved[0] and saved[1] and saved[0].tensors.keys() == saved[1].tensors.keys()
+    for kind, tensors in saved[1].tensors.items():
+        assert_same(saved[0].tensors[kind], tensors)
+    if name in OPTIMIZERS:
+        assert saved[0].state["optimizer"] == saved[1].state["optimizer"]
+    if name == "adamw_8bit":
+        assert torch.uint8 in {t.dtype for t in saved[1].tensors["optimizer"].values()}
 
 
 def test_the_scale_of_the_loss_is_part_of_a_checkpoint(make_config, tmp_path):
