@@ -258,6 +258,10 @@ def _of_base(
 
 
 def _how_to_resume(config: DreamboothConfig) -> str:
-    if not (Path(config.output.dir).expanduser() / RUN_CONFIG).is_file():
+    folder = Path(config.output.dir).expanduser()
+    if not (folder / RUN_CONFIG).is_file():
         return "nothing had been written yet"
-    return f"continue with: nora-dreambooth --resume {shlex.quote(config.output.dir)}"
+    command = f"nora-dreambooth --resume {shlex.quote(config.output.dir)}"
+    if any((folder / "checkpoints").glob("step-*")):
+        return f"continue from its newest checkpoint with: {command}"
+    return f"no checkpoint had been saved; start again with: {command}"

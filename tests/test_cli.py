@@ -345,10 +345,32 @@ def test_ctrl_c_says_how_to_resume_and_that_works(fast, tmp_path):
     finally:
         process.kill()
     assert process.returncode == INTERRUPTED
-    assert f"continue with: nora-dreambooth --resume '{run}'" in err.decode()
+    assert f"nora-dreambooth --resume '{run}'" in err.decode()
     assert "Traceback" not in err.decode()
     *_, stopped = read_events(run / "events.jsonl")
     assert stopped["event"] == "stopped" and stopped["step"] is not None
     argv = ["--resume", str(run), "--train.steps", str(stopped["step"] + 1)]
     assert main_dreambooth(argv) == 0
     assert (run / "adapter.safetensors").is_file()
+
+
+def test_a_start_that_fails_leaves_no_folder_in_the_way(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    run = tmp_path / "run"
+    for wrong in (
+        ["--data.subject", str(tmp_path / "empty")],
+        ["--data.subject", str(PHOTOS), "--model.base", str(tmp_path / "none.safetensors")],
+    ):
+        command = ["mini", "--data.class_name", "toy", "--output.dir", str(run), *wrong]
+        assert main_dreambooth(command) == 2
+        assert not run.exists(), capsys.readouterr().err
+
+
+def test_a_resume_that_fails_leaves_the_runs_own_settings(tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["mini", "--data.subject", str(PHOTOS), "--data.class_name", "toy"]
+    brief = ["--train.steps", "1", "--sample.n", "1", "--sample.steps", "1"]
+    assert main_dreambooth([*command, *brief, "--output.dir", str(run)]) == 0
+    before = (run / "config.toml").read_bytes()
+    assert main_dreambooth(["--resume", str(run), "--data.subject", str(tmp_path / "none")]) == 2
+    assert (run / "config.toml").read_bytes() == before

@@ -71,4 +71,5 @@ def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) ->
     model.forward = watched
     if hasattr(model, "enable_gradient_checkpointing"):
         enable: Any = model.enable_gradient_checkpointing
-        model.enable_gradient_checkpointing = functools.partial(enable, checkpointed)
+        replaced: Any = functools.partial(enable, checkpointed)
+        model.enable_gradient_checkpointing = replaced

@@ -98,9 +98,10 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
-def newest_path(run: Path) -> Path | None:
-    """Folder of the newest checkpoint, unread, or None."""
-    return max(_steps(run / FOLDER), default=(0, None))[1]
+def newest_path(run: Path, before: int | None = None) -> Path | None:
+    """Folder of the newest checkpoint (of those of at most ``before`` steps), unread, or None."""
+    steps = [found for found in _steps(run / FOLDER) if before is None or found[0] <= before]
+    return max(steps, default=(0, None))[1]
 
 
 def _read(path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
+from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
@@ -31,7 +32,7 @@ from nora_diffusion.train.checkpoint import (
 from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
-from nora_diffusion.train.photos import all_photos, count_pictures, read_subjects
+from nora_diffusion.train.photos import Found, all_photos, count_pictures, read_subjects
 from nora_diffusion.train.prepare import check_extras, prepare
 from nora_diffusion.train.publish import push_to_hub
 from nora_diffusion.train.report import Report
@@ -58,6 +59,11 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
     """
     cfg, told = resolve_steps(cfg)
     check_extras(cfg)
+    found = read_subjects(
+        cfg
+    )  # with what follows: before a folder is made that would be in the way
+    resolve_device(cfg.model.device)
+    locate(cfg.model.base)
     folder = _open_folder(cfg, resume)
     report = Report(
         folder,
@@ -68,11 +74,14 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
     with report, _failures_reported(report):
         if told is not None:
             report.say(told)
-        _check_memory(cfg, report)
+        _check_memory(cfg, found, report)
         checkpoint = newest_checkpoint(folder) if resume else None
         if checkpoint is not None:
             _check_settings(cfg, checkpoint)
         session = prepare(cfg, folder, report, checkpoint)
+        save_config(
+            cfg, folder
+        )  # of a resumed run only now that the new settings have proved usable
         train(session)
         write_outcome(session)
         if cfg.output.push_to_hub is not None:
@@ -176,11 +185,16 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
     problem = session.guard.check(loss, None if session.scaler.is_enabled() else grad_norm)
     if problem is None:
         return
-    good = newest_path(session.run)
+    # Weights have gone wrong some steps before their loss shows it.
+    good = newest_path(session.run, before=session.step - session.guard.WINDOW)
     rate = session.cfg.train.learning_rate
     raise common.TrainingDiverged(
         f"stopped at step {session.step + 1}: {problem}. "
-        + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. ")
+        + (
+            f"The last good checkpoint is {good}. "
+            if good
+            else "No checkpoint is from before that. "
+        )
         + f"Start a new run with a lower train.learning_rate (now {rate:g}), or with "
         'model.dtype = "fp32" if it was not'
     )
@@ -193,9 +207,8 @@ def _stop(session: Session, signal_name: str) -> None:
     raise common.TrainingInterrupted(message)
 
 
-def _check_memory(cfg: DreamboothConfig, report: Report) -> None:
+def _check_memory(cfg: DreamboothConfig, found: Sequence[Found], report: Report) -> None:
     """Say what the run will need before anything is loaded; stop where a GPU has less."""
-    found = read_subjects(cfg)
     pictures, sizes = count_pictures(cfg, found), [photo.size for photo in all_photos(found)]
     plan = plan_memory(cfg, pictures, sizes)
     report.say("\n".join(plan.lines()))
@@ -261,7 +274,8 @@ def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
             f"output.dir = {quote(str(folder))}: is not empty; continue the run in it with "
             f"nora-dreambooth --resume {shlex.quote(str(folder))}, or give another --output.dir"
         )
-    save_config(cfg, folder)
+    if not (folder / RUN_CONFIG).is_file():
+        save_config(cfg, folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,7 +258,7 @@ def class_photos(
     present = 0
     if any(folder.iterdir()):
         present = len(read_photos(folder, "data.class_images", limit=None)[0])
-    missing = range(present, cfg.train.prior_images)
+    missing = _unused_seeds(folder, cfg.train.prior_images - present)
     if missing:
         report.say(f"making {len(missing)} class images in {folder}")
         parts = family.components
@@ -267,9 +268,16 @@ def class_photos(
     return photos[: cfg.train.prior_images]
 
 
+def _unused_seeds(folder: Path, count: int) -> list[int]:
+    """The first seeds whose picture is not in the folder: a lost one is made again."""
+    seeds = (CLASS_SEED + index for index in itertools.count())
+    unused = (seed for seed in seeds if not (folder / f"class-{seed}.png").exists())
+    return list(itertools.islice(unused, max(0, count)))
+
+
 def _make_class_images(family: Family, prompt: str, missing: Sequence[int], folder: Path) -> None:
     for start in range(0, len(missing), 16):
-        seeds = [CLASS_SEED + index for index in missing[start : start + 16]]
+        seeds = missing[start : start + 16]
         # With fixed settings: sample.* may change before a resume, these pictures must not.
         images = sample_prompts(family, [prompt], seeds)[0]
         for seed, image in zip(seeds, images, strict=True):
