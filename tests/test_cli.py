@@ -292,6 +292,31 @@ def test_the_users_mistakes_end_in_one_message(argv, message, tmp_path, monkeypa
     assert out == "" and err.startswith("nora: error: ") and message in err
 
 
+def test_a_stop_outside_of_training_says_so_too(capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nora_diffusion.adapter.files.adapter_info", stop)
+    monkeypatch.setattr("nora_diffusion.adapter_info", stop, raising=False)
+    assert main(["info", __file__]) == INTERRUPTED
+    assert capsys.readouterr().err == "\nnora: stopped\n"
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does():
+    code = (
+        "import os, signal, sys, time\n"
+        "from nora_diffusion import cli\n"
+        "def command(argv):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "code = cli._guard('nora', command, [])\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "\nnora: stopped\n")
+
+
 def test_ctrl_c_says_how_to_resume_and_that_works(fast, tmp_path):
     run = tmp_path / "my run"
     argv = [*fast, "--output.dir", str(run), "--train.steps", "100000"]

@@ -1,5 +1,7 @@
 """Timesteps reach the layers of adapters with a timestep law, and nobody else."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -63,6 +65,33 @@ def test_keyword_timesteps_are_found():
         by_name = pipe.unet(sample=latents, timestep=700, encoder_hidden_states=embeds).sample
         by_place = pipe.unet(latents, 700, embeds).sample
     assert torch.equal(by_name, by_place)
+
+
+def test_latents_are_found_by_name_wherever_they_stand():
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False, timestep_rank=LAW)
+    attach_timestep_rank(pipe.unet, 1000)
+    latents, embeds = torch.ones(2, 4, 8, 8), torch.ones(2, 32, 32)
+    with torch.no_grad():
+        by_name = pipe.unet(return_dict=False, timestep=700, sample=latents,
+                            encoder_hidden_states=embeds)[0]  # fmt: skip
+        by_place = pipe.unet(latents, 700, embeds).sample
+    assert torch.equal(by_name, by_place)
+
+
+def test_a_law_without_timesteps_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr("nora_diffusion.adapter.layer._WARNED", set())
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False, timestep_rank=LAW)
+    with pytest.warns(UserWarning, match="not told the timestep.*attach_timestep_rank") as told:
+        call(pipe.unet, 500)
+        call(pipe.unet, 500)
+    assert sum("not told the timestep" in str(warning.message) for warning in told) == 1
+    monkeypatch.setattr("nora_diffusion.adapter.layer._WARNED", set())
+    attach_timestep_rank(pipe.unet, 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(pipe.unet, 500)
 
 
 def test_without_a_law_nothing_is_pushed_and_nothing_changes():

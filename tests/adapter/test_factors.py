@@ -1,6 +1,7 @@
 """Outer factors: orthonormal, faithful to the weight, and the same wherever the bytes are."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -248,6 +249,32 @@ def test_the_cache_can_be_switched_off_or_unwritable(tmp_path, monkeypatch):
     monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="NORA_CACHE_DIR"):
         assert difference(factorise(weight, 4), factors) == 0
+
+
+def test_two_threads_at_once_leave_the_thread_count_as_it_was():
+    """Each finds the count that the process has, not the 1 of the other's workers."""
+
+    def count_of_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    def work(size):
+        torch.manual_seed(size)
+        return factorise_many([FactorJob(torch.randn(size, size), 8)] * 2, workers=2)
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            # The second starts while the first works, and ends after it.
+            first = pool.submit(work, 200)
+            while not first.done() and count_of_new_thread() == 3:
+                pass
+            second = pool.submit(work, 400)
+            first.result(), second.result()
+        assert count_of_new_thread() == 3
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_seeded_matrices_are_the_same_for_ever():

@@ -273,6 +273,49 @@ def test_names_and_arguments_are_checked(saved, tmp_path):
         load_adapter({"unet": pipe.unet}, saved)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight": "1"}, TypeError, "weight='1'"),
+        ({"weight": None}, TypeError, "weight=None"),
+        ({"weight": float("nan")}, ValueError, "weight=nan.*finite"),
+        ({"weight": float("-inf")}, ValueError, "weight=-inf.*finite"),
+        ({"adapter_name": "a.b"}, ValueError, "adapter_name='a.b'.*dot"),
+        ({"adapter_name": ""}, ValueError, "adapter_name=''.*empty"),
+        ({"adapter_name": None}, TypeError, "adapter_name=None"),
+    ],
+)
+def test_names_and_weights_that_cannot_be_are_refused(saved, arguments, error, message):
+    with pytest.raises(error, match=message):
+        load_adapter(tiny_pipeline(), saved, **arguments)
+
+
+def test_a_load_switches_disabled_adapters_on_again_and_a_failed_one_does_not(saved, tmp_path):
+    pipe, both = tiny_pipeline(), tiny_pipeline()
+    base = predict(pipe)
+    load_adapter(pipe, saved, "one")
+    pipe.disable_lora()
+    assert torch.equal(predict(pipe), base)
+    with pytest.raises(AdapterFileError):
+        load_adapter(pipe, rewrite(saved, tmp_path / "a.safetensors", unknown_module), "bad")
+    assert torch.equal(predict(pipe), base)
+    assert all(layer.disable_adapters for _, layer in iter_nora_layers(pipe.unet))
+    load_adapter(pipe, saved, "two")
+    for name in ("one", "two"):
+        load_adapter(both, saved, name)
+    assert torch.equal(predict(pipe), predict(both))
+    assert not torch.equal(predict(pipe), base)
+
+
+def test_a_lora_in_eight_bit_floats_is_not_called_damaged(tmp_path):
+    key = "unet.mid_block.attentions.0.proj_in.lora_{}.weight"
+    tensors = {key.format(side): torch.zeros(4, 4).to(torch.float8_e4m3fn) for side in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="is in F8_E4M3, .*convert.*float16") as refusal:
+        load_adapter(tiny_pipeline(), tmp_path / "a.safetensors")
+    assert "damaged" not in str(refusal.value)
+
+
 def test_nan_is_not_saved(tmp_path):
     pipe = tiny_pipeline()
     adapt(pipe)

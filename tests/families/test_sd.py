@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from nora_diffusion import families
+from nora_diffusion import NoraConfig, adapter_info, families, save_adapter
+from nora_diffusion.config import UserError
 from nora_diffusion.families import detect_family, load_family
 from nora_diffusion.families.base import Conditioning
 from nora_diffusion.families.objective import LossOptions
@@ -224,6 +225,25 @@ def test_a_saved_pipeline_loads_frozen_with_its_own_resolution(tmp_path):
     models = [parts.denoiser, parts.pipeline.vae, *parts.text_encoders.values()]
     assert not any(p.requires_grad for model in models for p in model.parameters())
     assert pictures(family, [0])[0].size == (16, 16)
+
+
+def test_adapters_name_the_base_that_was_loaded_and_no_path_to_a_built_in_one(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    for given, name in (("mini", "mini"), (tmp_path / "tiny", str(tmp_path / "tiny"))):
+        pipe = families.load_pipeline(given)
+        pipe.unet.add_adapter(NoraConfig(r=4, inner_r=2, target_modules="mid_block.*to_q"))
+        pipe.text_encoder.add_adapter(NoraConfig(r=4, inner_r=2, target_modules=["q_proj"]))
+        for what in (pipe, pipe.unet, pipe.text_encoder):
+            path = save_adapter(what, tmp_path / "a.safetensors")
+            assert adapter_info(path)["base"] == name
+
+
+def test_dtype_has_an_older_name(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipe = families.load_pipeline(tmp_path, torch_dtype=torch.bfloat16)
+    assert {part.dtype for part in (pipe.unet, pipe.text_encoder, pipe.vae)} == {torch.bfloat16}
+    with pytest.raises(UserError, match="give dtype alone"):
+        families.load_pipeline(tmp_path, torch_dtype=torch.bfloat16, dtype=torch.bfloat16)
 
 
 def test_a_built_in_base_says_its_version(tmp_path, monkeypatch):
