@@ -359,7 +359,12 @@ def test_a_start_that_fails_leaves_no_folder_in_the_way(tmp_path, capsys):
     run = tmp_path / "run"
     for wrong in (
         ["--data.subject", str(tmp_path / "empty")],
-        ["--data.subject", str(PHOTOS), "--model.base", str(tmp_path / "none.safetensors")],
+        [
+            "--data.subject",
+            str(Path(__file__).parents[1] / "sample_data/subject"),
+            "--model.base",
+            str(tmp_path / "none.safetensors"),
+        ],
     ):
         command = ["mini", "--data.class_name", "toy", "--output.dir", str(run), *wrong]
         assert main_dreambooth(command) == 2
@@ -368,7 +373,13 @@ def test_a_start_that_fails_leaves_no_folder_in_the_way(tmp_path, capsys):
 
 def test_a_resume_that_fails_leaves_the_runs_own_settings(tmp_path, capsys):
     run = tmp_path / "run"
-    command = ["mini", "--data.subject", str(PHOTOS), "--data.class_name", "toy"]
+    command = [
+        "mini",
+        "--data.subject",
+        str(Path(__file__).parents[1] / "sample_data/subject"),
+        "--data.class_name",
+        "toy",
+    ]
     brief = ["--train.steps", "1", "--sample.n", "1", "--sample.steps", "1"]
     assert main_dreambooth([*command, *brief, "--output.dir", str(run)]) == 0
     before = (run / "config.toml").read_bytes()

@@ -202,7 +202,9 @@ def _name_parts(pipe: Any, base: str) -> None:
     """Tell a pipeline and its models what they were loaded from, for adapters saved from them."""
     from torch import nn
 
-    for part in (pipe, *(part for part in pipe.components.values() if isinstance(part, nn.Module))):
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    part: Any
+    for part in (pipe, *models):
         if hasattr(part, "register_to_config"):  # of diffusers, whose configs are frozen
             part.register_to_config(_name_or_path=base)
         elif hasattr(part, "config"):

@@ -59,9 +59,8 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
     """
     cfg, told = resolve_steps(cfg)
     check_extras(cfg)
-    found = read_subjects(
-        cfg
-    )  # with what follows: before a folder is made that would be in the way
+    # Before there is a folder, which would be in the way of the corrected command.
+    found = read_subjects(cfg)
     resolve_device(cfg.model.device)
     locate(cfg.model.base)
     folder = _open_folder(cfg, resume)
@@ -79,9 +78,7 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         if checkpoint is not None:
             _check_settings(cfg, checkpoint)
         session = prepare(cfg, folder, report, checkpoint)
-        save_config(
-            cfg, folder
-        )  # of a resumed run only now that the new settings have proved usable
+        save_config(cfg, folder)  # of a resumed run only now: new settings have proved usable
         train(session)
         write_outcome(session)
         if cfg.output.push_to_hub is not None:
@@ -190,11 +187,7 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
     rate = session.cfg.train.learning_rate
     raise common.TrainingDiverged(
         f"stopped at step {session.step + 1}: {problem}. "
-        + (
-            f"The last good checkpoint is {good}. "
-            if good
-            else "No checkpoint is from before that. "
-        )
+        + (f"The last good checkpoint is {good}. " if good else "There is none from before. ")
         + f"Start a new run with a lower train.learning_rate (now {rate:g}), or with "
         'model.dtype = "fp32" if it was not'
     )
