@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 
 import pytest
 from accelerate import PartialState
@@ -26,18 +27,32 @@ def wandb_offline(monkeypatch):
     PartialState._reset_state()  # as in a process that has just begun
 
 
-def logged_to_wandb(folder) -> list[dict[str, str]]:
-    """Every history row in W&B's own files, values as JSON."""
+def records(path) -> list:
+    """All records of one of W&B's files so far."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
+    store, found = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        found.append(record)
+    return found
+
+
+def logged_to_wandb(folder) -> list[dict[str, str]]:
+    """Every history row in W&B's own files, values as JSON.
+
+    Its service closes a file a moment after the run has finished, with a record of the exit.
+    """
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        deadline = time.monotonic() + 30
+        while "exit" not in {r.WhichOneof("record_type") for r in records(path)}:
+            assert time.monotonic() < deadline, f"{path} was never finished"
+            time.sleep(0.05)
+        for record in records(path):
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 rows.append({i.key or ".".join(i.nested_key): i.value_json for i in items})
