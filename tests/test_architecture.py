@@ -35,8 +35,10 @@ MAY_IMPORT = {
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
-    "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "data"},
-    "train": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "data", "train"},
+    "sheets": set(),
+    "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
+    "train": BASE
+    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
     | {"adapter", "families", "denoiser_hooks", "sampling", "data", "evaluation", "train"},
