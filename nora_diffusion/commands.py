@@ -18,7 +18,7 @@ from nora_diffusion.settings import part_overrides
 def run(argv: Sequence[str]) -> int:
     """Parse and run one ``nora`` command; returns its exit code."""
     given = argparse.Namespace(argv=list(argv), overrides=[])
-    if argv[:1] == ["campaign"]:
+    if list(argv[:1]) == ["campaign"]:
         argv, given.overrides = part_overrides(argv)
     args = _parser().parse_args(argv, given)
     return args.run(args)

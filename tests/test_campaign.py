@@ -83,7 +83,7 @@ def test_all_problems_of_all_lines_are_told_at_once_and_nothing_starts(tmp_path,
         ("data.subject,class_name\nx,dog\n", [], "call it subject"),
         ("subject,class_name\nx,dog,a,b\n", [], "line 2: 4 cells, but 2 columns"),
         ("subject,class_name\nx,dog\n", ["--data.subject", "y"], "give it in the column subject"),
-        ("subject,class_name\nx,dog\n", ["--train.steps", "0"], 'train.steps = 0: must be'),
+        ("subject,class_name\nx,dog\n", ["--train.steps", "0"], 'train.steps = "0": must be'),
         ("subject,class_name\nx,dog\n", ["--config", "minni"], "did you mean mini?"),
     ],
 )  # fmt: skip
@@ -138,7 +138,6 @@ def test_a_run_that_is_there_must_be_the_one_of_its_line(tmp_path, capsys):
 @pytest.fixture
 def campaign(tmp_path, monkeypatch):
     """Starts ``nora campaign`` in a process of its own; ended, with its Ray, after the test."""
-    # A path for Ray's sockets that is short enough.
     monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "cache"))
     started: list[subprocess.Popen[str]] = []
 
@@ -250,7 +249,7 @@ def test_ctrl_c_lets_runs_save_and_the_same_command_finishes_them(campaign, tmp_
     process = campaign(*long)
     log = out / "first" / "events.jsonl"
     wait_for(lambda: any(event["event"] == "step" for event in read_events(log)), process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray and the run as well
     told = process.communicate()[0]
     assert process.returncode == INTERRUPTED, told
     assert "stopped; continue with: nora campaign" in told
