@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +134,23 @@ def test_a_run_that_is_there_must_be_the_one_of_its_line(tmp_path, capsys):
     shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert shown == [["a", "waiting"], ["b", "waiting"]]
     assert sorted(path.name for path in out.iterdir()) == ["a"]
+
+
+@needs_ray
+def test_an_address_where_nobody_answers_is_told_and_another_campaign_kept_out(tmp_path, capsys):
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    path = table(tmp_path / "s.csv", "subject,class_name", f"{PHOTOS},toy")
+    argv = [str(path), "--out", str(out)]
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        assert main(["campaign", *argv, "--ray", address]) == USER_ERROR
+    assert f"--ray {address}: nobody answers there" in capsys.readouterr().err
+    with FileLock(out / ".campaign.lock"):
+        assert main(["campaign", *argv]) == USER_ERROR
+    assert "another nora campaign works there" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -6,9 +6,12 @@ table itself say what is left to do.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -70,12 +73,10 @@ def run_campaign(runs: Sequence[SubjectRun], options: Options) -> bool:
         left = [one for one in table if one.status == "waiting"]
         told = f"{len(table)} subjects, {len(table) - len(left)} done before"
         _say(f"{told}; logs and {write_summary(table, options.out).name} are in {options.out}")
-        try:
-            if left:
-                with _session(options.out) as session, _cluster(options.address) as ray:
-                    _work(ray, table, left, session, options)
-        finally:
-            write_summary(table, options.out)
+        if left:
+            with _session(options.out) as session, _cluster(options.address) as ray:
+                _work(ray, table, left, session, options)
+        else:
             _say(show_table(table, options.out))
     return all(one.status == "done" for one in table)
 
@@ -111,6 +112,9 @@ def _work(
             for ref in ray.wait(list(flying), num_returns=1)[0]:
                 _stop(flying.pop(ref), _outcome(ray, ref))
         raise
+    finally:
+        write_summary(table, options.out)
+        _say(show_table(table, options.out))
 
 
 def _job(run: SubjectRun, session: Path, options: Options) -> worker.Job:
@@ -240,8 +244,9 @@ def _cluster(address: str | None) -> Iterator[Any]:
         UserError: when there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
-    import ray
-
+    ray: Any = importlib.import_module("ray")
+    if address is not None:
+        _check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # Only exit codes and sentences pass through Ray: the smallest store that it takes.
@@ -255,9 +260,34 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     except (ConnectionError, ray.exceptions.RaySystemError) as error:
         where = "Ray on this machine" if address is None else f"--ray {address}"
-        raise UserError(f"{where}: {error}") from error
+        cure = (
+            ""
+            if address is None
+            else (
+                "; if the cluster asks for a token, set RAY_AUTH_MODE=token (see Ray's documentation)"
+            )
+        )
+        raise UserError(f"{where}: {error}{cure}") from error
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse HOST:PORT where nobody answers; Ray itself would take minutes to say so.
+
+    Raises:
+        UserError: when nobody does.
+    """
+    parts = re.fullmatch(r"([^/]+):(\d+)", address)
+    if parts is None:  # auto, ray://...
+        return
+    try:
+        socket.create_connection((parts[1], int(parts[2])), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"--ray {address}: nobody answers there ({error.strerror or error}); give the address "
+            "that ray start has printed on the head machine, or leave --ray out"
+        ) from None
 
 
 def _say(text: str) -> None:

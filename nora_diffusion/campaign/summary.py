@@ -14,7 +14,7 @@ from nora_diffusion.campaign.subjects import ADAPTER, EVENTS, SubjectRun
 from nora_diffusion.events import read_events
 
 FILE = "summary.csv"
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "name", "subject", "class_name", "status", "steps", "last_loss", "seconds", "attempts",
     "adapter", "message",
 )  # fmt: skip
