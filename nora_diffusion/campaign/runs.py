@@ -260,13 +260,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     except (ConnectionError, ray.exceptions.RaySystemError) as error:
         where = "Ray on this machine" if address is None else f"--ray {address}"
-        cure = (
-            ""
-            if address is None
-            else (
-                "; if the cluster asks for a token, set RAY_AUTH_MODE=token (see Ray's documentation)"
-            )
-        )
+        cure = "" if address is None else "; does it ask for a token? Then set RAY_AUTH_MODE=token"
         raise UserError(f"{where}: {error}{cure}") from error
     finally:
         ray.shutdown()
