@@ -51,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         default="samples",
         help="folder for the pictures (default samples); those that are there are kept",
     )
-    sample.add_argument("--steps", type=_positive, help="denoising steps (default 25)")
-    sample.add_argument("--guidance", type=float, help="guidance scale (default 5)")
+    sample.add_argument(
+        "--steps", type=_positive, help="denoising steps (default: the run's, or 25)"
+    )
+    sample.add_argument("--guidance", type=float, help="guidance scale (default: the run's, or 5)")
     sample.add_argument("--negative-prompt", help="what the pictures should not show")
     sample.add_argument("--weight", type=float, default=1.0, help="of the adapter (default 1)")
     sample.add_argument("--width", type=_positive, help="in px (default: the base model's own)")

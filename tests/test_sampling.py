@@ -9,12 +9,11 @@ from nora_diffusion import adapter_info, export_lora, load_adapter, load_pipelin
 from nora_diffusion.config import UserError
 from nora_diffusion.sampling import (
     adapter_path,
-    before_after_sheet,
-    contact_sheet,
     picture_path,
     sample_to_folder,
     save_png,
 )
+from nora_diffusion.sheets import before_after_sheet, contact_sheet
 from tests.tiny import adapt, tiny_pipeline
 
 FAST = {"n": 2, "steps": 2, "guidance": 3.0, "device": "cpu"}
@@ -228,3 +227,14 @@ def test_a_picture_is_whole_or_absent(tmp_path):
     with Image.open(path) as image:
         assert image.text["prompt"] == "p"
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+def test_a_runs_own_settings_are_taken_where_none_are_given(run, tmp_path):
+    config = run / "config.toml"
+    config.write_text("[sample]\nsteps = 3\nguidance = 1.5\n", encoding="utf-8")
+    try:
+        (file,) = sample_to_folder(run, ["a"], tmp_path, n=1, device="cpu")
+    finally:
+        config.unlink()
+    with Image.open(file) as image:
+        assert (image.text["steps"], image.text["guidance"]) == ("3", "1.5")

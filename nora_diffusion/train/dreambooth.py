@@ -182,12 +182,13 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
     problem = session.guard.check(loss, None if session.scaler.is_enabled() else grad_norm)
     if problem is None:
         return
-    # Weights have gone wrong some steps before their loss shows it.
-    good = newest_path(session.run, before=session.step - session.guard.WINDOW)
+    # Weights may have gone wrong some steps before their loss shows it.
+    before = session.step - session.guard.WINDOW
+    good = newest_path(session.run, before) or newest_path(session.run)
     rate = session.cfg.train.learning_rate
     raise common.TrainingDiverged(
         f"stopped at step {session.step + 1}: {problem}. "
-        + (f"The last good checkpoint is {good}. " if good else "There is none from before. ")
+        + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. ")
         + f"Start a new run with a lower train.learning_rate (now {rate:g}), or with "
         'model.dtype = "fp32" if it was not'
     )

@@ -18,12 +18,11 @@ from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import DTYPES
 from nora_diffusion.sampling import (
     ADAPTER_FILE,
-    before_after_sheet,
-    contact_sheet,
     picture_path,
     sample_conditioning,
     save_png,
 )
+from nora_diffusion.sheets import before_after_sheet, contact_sheet
 from nora_diffusion.train import adapters
 from nora_diffusion.train.model_card import PEFT_FOLDER, model_card
 from nora_diffusion.train.optimizers import evaluation_weights

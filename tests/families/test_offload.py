@@ -1,4 +1,4 @@
-"""Layers in main memory: what the CPU alone can show; ``tests/train/test_gpu.py`` has the rest."""
+"""Layers in main memory: what the CPU can show; `tests/train/test_runs_on_gpu.py` has the rest."""
 
 from __future__ import annotations
 
