@@ -35,16 +35,11 @@ MAY_IMPORT = {
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
-<<<<<<< HEAD
-    "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "data"},
-    "train": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "data", "train"},
-    "campaign": BASE | {"data", "campaign"},
-=======
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
     | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
->>>>>>> main
+    "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
     | {

@@ -236,12 +236,13 @@ def test_a_killed_worker_costs_an_attempt_and_a_failing_subject_stops_no_other(c
     assert "its Ray worker died" in told and "no-base" in rows["broken"]["message"]
     assert rows["smooth"]["steps"] == "5" and float(rows["smooth"]["last_loss"]) > 0
     assert rows["smooth"]["adapter"] == str(out / "smooth" / "adapter.safetensors")
-    # The process that its Ray worker left behind saved and stopped; the next went on from there.
+    # The process its Ray worker left behind has stopped, and the next went on after it. Ray may
+    # signal it too, and a second signal stops it at once, so its last step need not be saved.
     events = read_events(run / "events.jsonl")
     starts = [event["step"] for event in events if event["event"] == "start"]
     assert len(starts) == 2 and starts[0] == 0 and starts[1]
-    stopped = next(event for event in events if event["event"] == "stopped")
-    assert stopped["step"] == starts[1]
+    order = [event["event"] for event in events if event["event"] in ("start", "stopped", "done")]
+    assert order == ["start", "stopped", "start", "done"]
     killed, smooth = trained(out, "killed"), trained(out, "smooth")
     assert killed.keys() == smooth.keys()
     assert all(torch.equal(killed[name], smooth[name]) for name in killed)
