@@ -23,7 +23,7 @@ from nora_diffusion.config import (
 )
 from nora_diffusion.presets import PRESETS, find_preset
 from nora_diffusion.schema import get_key, list_keys
-from nora_diffusion.settings import quote, to_toml
+from nora_diffusion.settings import part_overrides, quote, to_toml
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 MEMORY_CURES = (
@@ -94,7 +94,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _dreambooth(argv: Sequence[str]) -> int:
-    argv, overrides = _part_overrides(argv)
+    argv, overrides = part_overrides(argv)
     args, unknown = _dreambooth_parser().parse_known_args(argv)
     overrides += unknown
     config, resume = _settle(args.config, args.resume, overrides, args.preset)
@@ -148,27 +148,6 @@ def _dreambooth_parser() -> argparse.ArgumentParser:
     for name, choices in PRESETS.items():
         parser.add_argument_group(f"--preset {name}", " ".join(map(str, choices)))
     return parser
-
-
-def _part_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part ``--section.key value`` from the rest.
-
-    argparse knows these flags for its help only: it stops at the first bad one, and would take
-    the value of an unknown one for CONFIG.
-    """
-    rest: list[str] = []
-    overrides: list[str] = []
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, _ = token.partition("=")
-        if not name.startswith("--") or "." not in name:
-            rest.append(token)
-            continue
-        overrides.append(token)
-        if not equals and tokens and not tokens[0].startswith("--"):
-            overrides.append(tokens.pop(0))
-    return rest, overrides
 
 
 def _settle(

@@ -1,26 +1,33 @@
-"""The commands under ``nora``: what is done with adapters and base models outside of training."""
+"""The commands under ``nora``: what is done beside and after a single training run."""
 
 import argparse
 import json
+import shlex
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from nora_diffusion import __version__
 from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.presets import PRESETS
 from nora_diffusion.schema import list_keys
+from nora_diffusion.settings import part_overrides
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse and run one ``nora`` command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    given = argparse.Namespace(argv=list(argv), overrides=[])
+    if list(argv[:1]) == ["campaign"]:
+        argv, given.overrides = part_overrides(argv)
+    args = _parser().parse_args(argv, given)
     return args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nora",
-        description="Use adapters: make pictures, convert, inspect.",
+        description="Use adapters: make pictures, convert, inspect; train many.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -77,13 +84,64 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--r", type=_positive, default=64, help="outer rank (default 64)")
     targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
+
+    _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
+
+
+def _add_campaign(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s SUBJECTS.csv [--config CONFIG] [--out DIR] [--section.key value ...]"
+    parser.epilog = (
+        "Columns: subject (folder of photos), class_name; and any of trigger, name (of the run "
+        "folder) and section.key, as of nora-dreambooth. The same command again goes on: what is "
+        "finished is skipped, the rest resumed. On several machines table, photos, --out and the "
+        "folder the command is started in must be on a file system they all share."
+    )
+    parser.add_argument("table", metavar="SUBJECTS.csv", help="one subject a line, below a header")
+    parser.add_argument(
+        "--config", default="mini", help="CONFIG of nora-dreambooth for all runs (default mini)"
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="as of nora-dreambooth")
+    parser.add_argument(
+        "--out", default="runs/campaign", help="folder of the run folders (default runs/campaign)"
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="of a Ray cluster, or auto (default: this machine alone)"
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=2,
+        choices=range(100),
+        metavar="N",
+        help="further attempts after a crash (default 2); none after an error in the settings",
+    )
+    parser.add_argument(
+        "--parallel", type=_positive, metavar="N", help="most runs at a time (default: what fits)"
+    )
+    parser.add_argument(
+        "--cpus", type=_positive, default=1, metavar="N", help="cores and threads a run (default 1)"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=_share,
+        metavar="N",
+        help="GPUs a run, 0.5: two runs share one (default 1 where there are GPUs)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check all lines, show what is left")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not (0 <= value < 1 or value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text}: must be below 1, or a whole number")
     return value
 
 
@@ -172,3 +230,33 @@ def _targets(args: argparse.Namespace) -> int:
         if args.modules:
             print("".join(f"    {path}\n" for path in found), end="")
     return 0
+
+
+def _campaign(args: argparse.Namespace) -> int:
+    from nora_diffusion.campaign.runs import Options, run_campaign
+    from nora_diffusion.campaign.subjects import read_table
+    from nora_diffusion.campaign.summary import show_table, start_summary
+
+    out = Path(args.out).expanduser().resolve()
+    runs = read_table(args.table, args.config, args.overrides, args.preset, out)
+    if args.dry_run:
+        print(show_table(start_summary(runs, out), out))
+        return 0
+    options = Options(
+        config=args.config,
+        preset=args.preset,
+        out=out,
+        address=args.ray,
+        cpus=args.cpus,
+        gpus=args.gpus,
+        parallel=args.parallel,
+        retries=args.retries,
+    )
+    again = f"nora {shlex.join(args.argv)}"
+    try:
+        done = run_campaign(runs, options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; continue with: {again}") from None
+    if not done:
+        print(f"not all are done; try those again with: {again}")
+    return 0 if done else 1

@@ -90,7 +90,7 @@ def apply_overrides(
         name: dict(cast(dict[str, Any], section)) if isinstance(section, dict) else section
         for name, section in values.items()
     }
-    given, problems = _pair(overrides)
+    given, problems = pair_overrides(overrides)
     for name, texts in given.items():
         entry = _ENTRY.fullmatch(name)
         if entry and entry["key"] in keys and entry_section(keys[entry["key"]].field):
@@ -163,7 +163,28 @@ def validate(
     return config
 
 
-def _pair(overrides: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
+def part_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part ``--section.key value`` from the rest.
+
+    argparse knows these flags for its help only: it stops at the first bad one, and would take
+    the value of an unknown one for CONFIG.
+    """
+    rest: list[str] = []
+    overrides: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, _ = token.partition("=")
+        if not name.startswith("--") or "." not in name:
+            rest.append(token)
+            continue
+        overrides.append(token)
+        if not equals and tokens and not tokens[0].startswith("--"):
+            overrides.append(tokens.pop(0))
+    return rest, overrides
+
+
+def pair_overrides(overrides: Sequence[str]) -> tuple[dict[str, list[str | None]], list[str]]:
     """Sort override tokens into texts by key, None for a flag alone; a key may be given twice."""
     given: dict[str, list[str | None]] = {}
     problems: list[str] = []

@@ -39,9 +39,19 @@ MAY_IMPORT = {
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
     | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
+    "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
-    | {"adapter", "families", "denoiser_hooks", "sampling", "data", "evaluation", "train"},
+    | {
+        "adapter",
+        "families",
+        "denoiser_hooks",
+        "sampling",
+        "data",
+        "evaluation",
+        "train",
+        "campaign",
+    },
     "cli": BASE | {"commands", "data", "train"},
     "webui": BASE | {"families", "webui"},
 }
@@ -160,6 +170,7 @@ LIGHT = [
     ".families",
     ".cli",
     ".commands",
+    ".campaign.worker",
 ]
 LIGHT_MODULES = [f"nora_diffusion{name}" for name in LIGHT]
 if "webui.app" in SOURCES:
