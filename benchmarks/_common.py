@@ -6,9 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,6 +43,24 @@ def write_result(name: str, results: dict[str, Any], note: str = "") -> Path:
     return path
 
 
+def bytes_saved(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that autograd keeps in a forward pass, the model's own aside."""
+    resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # no storage may be freed and its address used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in resident:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values())
+
+
 def commit() -> str:
     """Return the commit, with "+changes" where the checkout differs from it."""
     try:
@@ -55,8 +77,6 @@ def versions() -> dict[str, str]:
 
 def device() -> dict[str, Any]:
     """Describe the machine, and how busy it was."""
-    import torch
-
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,

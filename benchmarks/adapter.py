@@ -15,11 +15,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import write_result
+from _common import bytes_saved, write_result
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
@@ -64,24 +65,6 @@ def loss_of(model: nn.Module, to_input: bool) -> Tensor:
     return model(latents, torch.tensor([500]), text).sample.square().mean()
 
 
-def bytes_saved(model: nn.Module, to_input: bool) -> int:
-    """Bytes of distinct storages that autograd keeps, parameters and buffers aside."""
-    resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # no storage may be freed and its address used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(model, to_input)
-    return sum(sizes.values())
-
-
 def timed(call: Callable[[], Any]) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -103,14 +86,17 @@ def factorisation(unet: nn.Module) -> dict[str, Any]:
 
 
 def memory(unet: UNet2DConditionModel) -> dict[str, Any]:
-    limit = bytes_saved(unet, to_input=True)
+    limit = bytes_saved(unet, lambda: loss_of(unet, to_input=True))
     found: dict[str, Any] = {"limit_bytes": limit}
     for name, config in variants().items():
         if config is None:
             continue
         model = get_peft_model(unet, config)
         # As trained (no gradient to the latents), and against the limit on equal terms.
-        extra, strict = (bytes_saved(model, to_input) - limit for to_input in (False, True))
+        extra, strict = (
+            bytes_saved(model, partial(loss_of, model, to_input)) - limit
+            for to_input in (False, True)
+        )
         found[name] = {
             "over_limit_percent": round(100 * extra / limit, 3),
             "over_limit_with_input_gradient_percent": round(100 * strict / limit, 3),

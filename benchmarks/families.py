@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import write_result
+from _common import bytes_saved, write_result
 from peft import LoraConfig, PeftConfig
 from peft.mapping import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -143,27 +143,6 @@ def fill(model: nn.Module, mode: str, device: torch.device, dtype: torch.dtype) 
     model.requires_grad_(False)
 
 
-def bytes_kept(bench: Bench) -> int:
-    """Bytes of distinct storages that autograd keeps for the backward pass, weights aside."""
-    resident = {
-        t.untyped_storage().data_ptr()
-        for t in (*bench.denoiser.parameters(), *bench.denoiser.buffers())
-    }
-    sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # no storage may be freed and its address used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        bench.loss(1)
-    return sum(sizes.values())
-
-
 def seconds(bench: Bench, batch: int) -> float:
     """Wall seconds of one forward and backward pass."""
     synchronize = torch.cuda.synchronize if bench.device.type == "cuda" else lambda: None
@@ -205,7 +184,7 @@ def measure(case: Case, device: torch.device, rounds: int, compiled: bool) -> di
         bench.add(name)
         row = found["variants"][name]
         row["trained_parameters"] = sum(p.numel() for p in bench.trained())
-        row["saved_for_backward_bytes"] = bytes_kept(bench)
+        row["saved_for_backward_bytes"] = bytes_saved(bench.denoiser, lambda: bench.loss(1))
         if device.type == "cuda":
             row["peak_gb"] = round(peak_gb(bench), 3)
         bench.remove()
