@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; what the user can act on ends in one message, not in a stack trace."""
+    warnings.formatwarning = _as_one_line
     try:
         with _terminable():
             return command(argv)
@@ -61,6 +63,11 @@ def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[st
         if type(error).__name__ == "OutOfMemoryError":
             print(MEMORY_CURES, file=sys.stderr)
         return code
+
+
+def _as_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as users read it: without the line of code that raised it."""
+    return f"warning: {message}\n"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ is not counted is said in ``MemoryPlan.lines``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -295,7 +296,8 @@ def _held(present: Iterable[Tensor], call: Callable[[], Result]) -> tuple[int, R
 
 def _add_adapters(cfg: DreamboothConfig, family: Family, models: dict[str, nn.Module]) -> None:
     """Adapters as the run adds them, but with outer factors that have shapes only."""
-    with deferred_factors():
+    with deferred_factors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself will say it
         for component, model in models.items():
             denoiser = model is family.components.denoiser
             adapters.add_adapter(
