@@ -31,8 +31,8 @@ _BF16 = Choice("model.dtype", "bf16", "Halves the frozen base; the trained pairs
 _CHECKPOINTING = Choice(
     "train.gradient_checkpointing",
     True,
-    "Recomputes activations in the backward pass: a fraction of the memory for about a third "
-    "more time.",
+    "Recomputes activations in the backward pass: a fraction of the memory for a second forward "
+    "pass.",
 )
 
 PRESETS: dict[str, tuple[Choice, ...]] = {
