@@ -182,12 +182,18 @@ def _settle(
 
 
 def _refuse_used_folder(folder: Path, resume: bool) -> None:
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
     # The config is the first file of a run; what its writer left behind when killed is no content.
     partial = f".{RUN_CONFIG}."
-    if not folder.exists() or all(path.name.startswith(partial) for path in folder.iterdir()):
-        return
+    try:
+        if not folder.exists() or all(path.name.startswith(partial) for path in folder.iterdir()):
+            return
+    except OSError as error:
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: cannot be looked into ({error.strerror}); give "
+            "another --output.dir"
+        ) from None
     if (folder / RUN_CONFIG).is_file():
         raise UserError(
             f"output.dir = {quote(str(folder))}: already holds a run; continue it with "

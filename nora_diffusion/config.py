@@ -1,13 +1,13 @@
 """The one schema: config files, command-line overrides, form fields and saved runs come from it."""
 
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from pydantic import model_validator
 
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.presets import Choice, find_preset
 from nora_diffusion.schema import Section, get_key, list_keys, setting
 from nora_diffusion.sections import Adapter, Model, Output, Sample, TextEncoder, Train
@@ -219,13 +219,16 @@ def find_config(source: str | Path) -> Path:
 def save_config(config: DreamboothConfig, folder: str | Path) -> Path:
     """Write the resolved config into a run folder, atomically; returns its path."""
     path = Path(folder) / RUN_CONFIG
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(f"# Continue this run with: nora-dreambooth --resume DIR\n{to_toml(config)}")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = f"# Continue this run with: nora-dreambooth --resume DIR\n{to_toml(config)}"
+    write_atomically(path, text.encode())
     return path
+
+
+_SPOILT = (
+    "The run's checkpoints do not depend on this file. Print the settings the run was started with "
+    "by nora-dreambooth CONFIG ... --dry-run (with another --output.dir), put them in its place, "
+    "and resume: they are compared with those of the checkpoint."
+)
 
 
 def load_run(
@@ -240,12 +243,16 @@ def load_run(
         preset: taken before the overrides, under the same rule.
 
     Raises:
-        ConfigError: when an override contradicts the run.
+        ConfigError: when an override contradicts the run, or its config is spoilt.
     """
     path = Path(folder) / RUN_CONFIG
-    saved = read_toml(path)
-    saved.setdefault("output", {})["dir"] = str(folder)
-    before = validate(DreamboothConfig, saved, str(path))
+    try:
+        saved = read_toml(path)
+        if isinstance(output := saved.setdefault("output", {}), dict):
+            output["dir"] = str(folder)
+        before = validate(DreamboothConfig, saved, str(path))
+    except ConfigError as error:
+        raise ConfigError(error.problems, str(path), _SPOILT) from None
     choices = () if preset is None else find_preset(preset)
     given = _lay_over(saved, choices)
     values, problems = apply_overrides(DreamboothConfig, given, overrides)

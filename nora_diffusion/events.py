@@ -4,8 +4,11 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Literal, TypedDict, cast, get_args
+
+from nora_diffusion.disk import naming
 
 EventName = Literal["start", "step", "sample", "checkpoint", "done", "stopped", "error", "data"]
 
@@ -34,6 +37,9 @@ class Event(TypedDict):
     message: str | None
 
 
+FIELDS = Event.__annotations__.keys()
+
+
 class EventLog:
     """Appends events to a file; a line cut short by a crash is dropped when it opens."""
 
@@ -58,6 +64,7 @@ class EventLog:
 
         Raises:
             ValueError: when ``event`` is not an event name.
+            OSError: when the file cannot be written, which is then as it was.
         """
         if event not in get_args(EventName):
             names = ", ".join(get_args(EventName))
@@ -73,17 +80,22 @@ class EventLog:
             "message": message,
         }
         data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(data)
+        with naming(self.path), open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(data)
+                if written != len(data):  # a disk that is nearly full takes a part
+                    file.write(data[written:])
+            except OSError:
+                file.truncate(before)  # or the next event would be appended to half a line
+                raise
 
 
 def read_events(path: str | Path) -> list[Event]:
     """The events written so far; none where the file does not exist yet.
 
-    A last line still being written, or cut short by a crash, is left out.
-
-    Raises:
-        ValueError: when another line is not JSON, naming it.
+    A last line still being written, or cut short by a crash, is left out. So is any other line that
+    is no event, with a warning.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -91,11 +103,20 @@ def read_events(path: str | Path) -> list[Event]:
         return []
     events: list[Event] = []
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: a torn line
-        try:
-            events.append(cast(Event, json.loads(line)))
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: not an event: {line[:80]!r}") from None
+        event = _parse(line)
+        if event is None:
+            warnings.warn(f"{path}, line {number}: not an event: {line[:80]!r}", stacklevel=2)
+        else:
+            events.append(event)
     return events
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return cast(Event, event) if isinstance(event, dict) and event.keys() >= FIELDS else None
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from nora_diffusion.adapter.files import AdapterFileError, adapter_info
 from nora_diffusion.adapter.loading import find_file
 from nora_diffusion.config import RUN_CONFIG, UserError, fill_prompt
 from nora_diffusion.denoiser_hooks import load_adapter
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.families import load_family
 from nora_diffusion.families.base import (
     Conditioning,
@@ -237,7 +238,7 @@ def picture_path(folder: Path, index: int, prompt: str, seed: int) -> Path:
 def save_png(image: Image.Image, path: str | Path, origin: dict[str, Any]) -> Path:
     """Write a PNG whose text chunks say that it is AI-generated, by what, and from what.
 
-    The file is whole or absent: it is written under another name first.
+    The file is whole or absent.
     """
     info = PngInfo()
     info.add_text("Software", f"nora-diffusion {__version__}")
@@ -245,13 +246,9 @@ def save_png(image: Image.Image, path: str | Path, origin: dict[str, Any]) -> Pa
     for key, value in origin.items():
         info.add_text(key, str(value))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=info)
+    write_atomically(path, data.getvalue())
     return path
 
 

@@ -11,21 +11,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = [name for name in ("nora_diffusion", "webui") if (ROOT / name).is_dir()]
 
-BASE = {"nora_diffusion", "schema", "settings", "presets", "config", "events"}
+BASE = {"nora_diffusion", "disk", "schema", "settings", "presets", "config", "events"}
 """What everyone may import; of these, the package itself is only its version and lazy names."""
 
 MAY_IMPORT = {
     "nora_diffusion": {"adapter", "denoiser_hooks", "families"},  # for type checkers only
+    "disk": set(),
     "schema": set(),
     "settings": {"schema"},
     "subjects": {"schema"},
     "presets": {"settings"},
     "sections": {"schema"},
-    "config": {"schema", "settings", "presets", "sections", "subjects"},
-    "events": set(),
+    "config": {"disk", "schema", "settings", "presets", "sections", "subjects"},
+    "events": {"disk"},
     "adapter.factor_cache": set(),
     "adapter.factors": {"adapter.factor_cache"},
-    "adapter": {"nora_diffusion", "adapter"},
+    "adapter": {"nora_diffusion", "adapter", "disk"},
     "families.objective": set(),
     "families": BASE | {"families"},
     "data.buckets": BASE,

@@ -67,12 +67,14 @@ def test_reopening_keeps_what_is_there(tmp_path):
     assert [event["step"] for event in read_events(path)] == [0, 1, 2]
 
 
-def test_damage_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("damage", [b"{broken", b"5", b"{}", b"\xff\x00"])
+def test_damage_in_the_middle_is_named_and_left_out(tmp_path, damage):
     path = tmp_path / "events.jsonl"
     EventLog(path).write("start")
-    path.write_bytes(b"{broken\n" + path.read_bytes())
-    with pytest.raises(ValueError, match="events.jsonl, line 1: not an event"):
-        read_events(path)
+    path.write_bytes(damage + b"\n" + path.read_bytes())
+    EventLog(path).write("done")
+    with pytest.warns(UserWarning, match="events.jsonl, line 1: not an event"):
+        assert [event["event"] for event in read_events(path)] == ["start", "done"]
 
 
 def test_a_reader_beside_a_writer_sees_whole_events_only(tmp_path):

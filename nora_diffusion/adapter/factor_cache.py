@@ -83,7 +83,7 @@ def cached_factors(fingerprint: str, r: int, basis: str, seed: int) -> Factors |
         seed: Seed of the factorisation.
     """
     path = _entry(fingerprint, r, basis, seed)
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):  # also where the folder cannot be looked into
         return None
     try:
         opened: Any = safetensors.safe_open(path, framework="pt")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from typing import Any, cast
 import safetensors
 import torch
 from safetensors.torch import save as serialise
+
+from nora_diffusion.disk import write_atomically
 
 CHECKSUM_KEY = "nora.checksum"
 _PREFIX = "nora."
@@ -93,20 +93,6 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     metadata = {**metadata, CHECKSUM_KEY: checksum(metadata, tensors)}
     write_atomically(path, _reproducible(serialise(tensors, metadata=metadata)))
     return path
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write bytes under a temporary name beside `path`, sync them, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from nora_diffusion.disk import write_atomically
+
 from . import header, lora_file
 from .components import components_of, match_components, restored
 from .header import AdapterFileError
@@ -200,7 +202,7 @@ def _write_peft(
         header.write(file, tensors, shared | header_metadata(fields))
         config = cast("dict[str, Any]", lora_file.lora_config(models[name], found).to_dict())
         text = json.dumps(config, default=sorted, indent=2, sort_keys=True)
-        header.write_atomically(file.with_name(PEFT_CONFIG), text.encode())
+        write_atomically(file.with_name(PEFT_CONFIG), text.encode())
     return out
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nora_diffusion.campaign.subjects import ADAPTER, EVENTS, SubjectRun
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.events import read_events
 
 FILE = "summary.csv"
@@ -97,12 +97,11 @@ def _number(text: str | None) -> float:
 def write_summary(table: Sequence[Progress], out: Path) -> Path:
     """Write ``summary.csv``, atomically; returns its path."""
     path = out / FILE
-    partial = path.with_name(f".{FILE}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(one.row() for one in table)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(one.row() for one in table)
+    write_atomically(path, text.getvalue().encode())
     return path
 
 

@@ -1,19 +1,18 @@
 """Encoded pictures, computed once and kept on disk."""
 
-import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from nora_diffusion.config import UserError
 from nora_diffusion.data.dataset import Item
+from nora_diffusion.disk import write_atomically
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -79,22 +78,28 @@ def _path(folder: Path, image_id: str, resolution_px: int, model: Mapping[str, s
 
 
 def _load(path: Path) -> torch.Tensor | None:
-    """A kept tensor, or None where there is none that can be read."""
+    """A kept tensor, or None where there is none that is what was written."""
     try:
-        return load_file(path)["latent"]
+        kept = load(path.read_bytes())
+        latent, digest = kept["latent"], kept["digest"]
     except (OSError, SafetensorError, KeyError):
         return None
+    return latent if torch.equal(digest, _digest(path.name, latent)) else None
 
 
 def _save(path: Path, latent: torch.Tensor) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latent": latent}, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)  # readers see a whole file or none
-    except (OSError, SafetensorError) as error:  # a full or read-only disk: the run can go on
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        warnings.warn(f"encoded pictures are not kept in {path.parent}: {error}", stacklevel=3)
+        write_atomically(path, save({"latent": latent, "digest": _digest(path.name, latent)}))
+    except OSError as error:  # a full or read-only disk: the run can go on
+        warnings.warn(
+            f"encoded pictures are not kept in {path.parent} ({error.strerror}); set "
+            "NORA_CACHE_DIR to a folder that can be written",
+            stacklevel=3,
+        )
+
+
+def _digest(name: str, latent: torch.Tensor) -> torch.Tensor:
+    """(32,) bytes of SHA-256 over an entry's name, number format, shape and raw bytes."""
+    digest = hashlib.sha256(f"{name} {latent.dtype} {tuple(latent.shape)}".encode())
+    digest.update(latent.reshape(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -17,9 +17,12 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from nora_diffusion.config import UserError
 from nora_diffusion.data.captions import read_captions
 from nora_diffusion.data.masks import find_masks
+from nora_diffusion.disk import is_temporary
 
 SUBJECT_LIMIT = 20
 """The most photos a subject folder may hold."""
+
+_CURE = "bring it back and resume the run, or start a new one in another output.dir"
 
 
 class Skipped(NamedTuple):
@@ -52,17 +55,22 @@ class Photo:
     transparent: bool = False
 
     def open(self) -> Image.Image:
-        """The picture in mode RGB."""
-        return read_image(self.path)
+        """The picture in mode RGB.
+
+        Raises:
+            UserError: when the file is gone, or another than was found in the folder.
+        """
+        return _read(self._unchanged())[0]
 
     def open_mask(self) -> Image.Image | None:
         """What is to be learnt, white, in mode L and of the photo's size; None: all of it.
 
         Raises:
-            UserError: when the mask cannot be read, has other proportions, or is all black.
+            UserError: when the mask cannot be read, has other proportions, or is all black; or as
+                of ``open``.
         """
         if self.mask is None:
-            mask = _read(self.path)[1] if self.transparent else None
+            mask = _read(self._unchanged())[1] if self.transparent else None
         else:
             mask = _read_mask(self.mask, self.size)
         if mask is not None and mask.getextrema() == (0, 0):
@@ -70,6 +78,17 @@ class Photo:
                 f"{self.mask or self.path}: the mask is all black; white is what is learnt"
             )
         return mask
+
+    def _unchanged(self) -> Path:
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            told = f"{self.path}: this photo was there when the run began, and now cannot be read"
+            raise UserError(f"{told} ({error.strerror}); {_CURE}") from None
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            told = f"{self.path}: this photo has been changed since the run began"
+            raise UserError(f"{told}; {_CURE}")
+        return self.path
 
 
 def read_photos(
@@ -96,7 +115,7 @@ def read_photos(
         raise UserError(f"{shown}: is a file; give the folder that holds the photos")
     photos: list[Photo] = []
     skipped: list[Skipped] = []
-    paths = sorted(folder.iterdir())
+    paths = sorted(path for path in folder.iterdir() if not is_temporary(path))
     masks = find_masks(folder, (path for path in paths if path.is_file()))
     for path in paths:
         found = _examine(path) if path not in masks else ""

@@ -1,7 +1,7 @@
 """Checkpoints a killed run can be continued from: whole or absent, and checked when read.
 
     checkpoints/step-200/   trainable.safetensors  optimizer.safetensors  ema.safetensors
-                            state.json (step, settings, SHA-256 of each file beside it)
+                            state.json (step, settings, SHA-256 of itself and each other file)
 
 A checkpoint is written under another name in the same folder, synced and renamed, so no crash
 leaves half of one under its final name.
@@ -23,9 +23,11 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from nora_diffusion.disk import naming, write_atomically
+
 FOLDER = "checkpoints"
 STATE = "state.json"
-VERSION = 1
+VERSION = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -64,6 +66,9 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: naming that folder, when it cannot be written; older ones are as they were.
     """
     parent = run / FOLDER
     final = parent / f"step-{step}"
@@ -71,21 +76,34 @@ def save_checkpoint(
     for leftover in parent.glob(".partial-*"):  # of a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True)
     partial = parent / f".partial-{step}-{os.getpid()}"
-    partial.mkdir()
-    digests: dict[str, str] = {}
-    for stem, named in tensors.items():
-        data = save({name: t.detach().cpu().contiguous() for name, t in named.items()})
-        digests[f"{stem}.safetensors"] = hashlib.sha256(data).hexdigest()
-        _write_synced(partial / f"{stem}.safetensors", data)
-    described = {"version": VERSION, "step": step, "files": digests, **state}
-    _write_synced(partial / STATE, json.dumps(described, indent=1).encode())
-    _sync_folder(partial)
+    try:
+        with naming(final):
+            _fill(partial, step, state, tensors)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
     if final.exists():  # the same step once more: bit-identical anyway
         shutil.rmtree(final)
     partial.rename(final)
     _sync_folder(parent)
     _prune(parent, step, keep)
     return final
+
+
+def _fill(
+    folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    folder.mkdir()
+    digests: dict[str, str] = {}
+    for stem, named in tensors.items():
+        data = save({name: t.detach().cpu().contiguous() for name, t in named.items()})
+        digests[f"{stem}.safetensors"] = hashlib.sha256(data).hexdigest()
+        write_atomically(folder / f"{stem}.safetensors", data)
+    described = {"version": VERSION, "step": step, "files": digests, **state}
+    described = json.loads(json.dumps(described))  # as it will be read back
+    described["digest"] = _digest(described)
+    write_atomically(folder / STATE, json.dumps(described, indent=1).encode())
+    _sync_folder(folder)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
@@ -108,6 +126,8 @@ def _read(path: Path) -> Checkpoint:
     state: dict[str, Any] = json.loads((path / STATE).read_bytes())
     if state["version"] != VERSION:
         raise ValueError(f"its version is {state['version']}, this program writes {VERSION}")
+    if state["digest"] != _digest(state):
+        raise ValueError(f"{STATE} is not what was written")
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, digest in state["files"].items():
         data = (path / name).read_bytes()
@@ -133,11 +153,10 @@ def _prune(parent: Path, step: int, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of what ``state.json`` holds besides this digest."""
+    rest = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

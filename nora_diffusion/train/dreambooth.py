@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
+from nora_diffusion.disk import remove_temporaries
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.schema import get_key, list_keys
@@ -39,6 +40,7 @@ from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 from nora_diffusion.train.steps import resolve_steps
 from nora_diffusion.train.trackers import open_trackers
+from nora_diffusion.train.write_errors import explain, explained
 
 
 def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
@@ -57,6 +59,11 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
         TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
+    with explained(Path(cfg.output.dir).expanduser()):
+        return _run(cfg, resume)
+
+
+def _run(cfg: DreamboothConfig, resume: bool) -> Path:
     cfg, told = resolve_steps(cfg)
     check_extras(cfg)
     # Before there is a folder, which would be in the way of the corrected command.
@@ -225,6 +232,7 @@ def _save_checkpoint(session: Session) -> None:
     state = {
         "settings": _fixed_settings(session.cfg),
         "data": session.inputs.digest,
+        "photos": session.inputs.photo_table(),
         "base_hash": session.base_hash,
         "scaler": session.scaler.state_dict(),
         "first_losses": session.guard.first,
@@ -262,7 +270,15 @@ def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
     folder = Path(cfg.output.dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
+            "--output.dir"
+        ) from None
+    if resume:
+        remove_temporaries(folder)
     if not resume and any(not path.name.startswith(f".{RUN_CONFIG}.") for path in folder.iterdir()):
         raise UserError(
             f"output.dir = {quote(str(folder))}: is not empty; continue the run in it with "
@@ -283,5 +299,7 @@ def _failures_reported(report: Report) -> Iterator[None]:
         report.event("stopped", message="stopped outside the training steps")
         raise
     except Exception as error:
-        report.event("error", message=str(error) or type(error).__name__)
+        told = explain(error, report.run) or error
+        with suppress(OSError):  # the disk may be what has failed
+            report.event("error", message=str(told) or type(told).__name__)
         raise

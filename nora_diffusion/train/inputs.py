@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nora_diffusion.adapter.factor_cache import cache_dir
 from nora_diffusion.config import DreamboothConfig, SubjectFolder
 from nora_diffusion.data.cache import encode_items
 from nora_diffusion.data.dataset import Dataset, Item, class_items, class_prompt, dropped
-from nora_diffusion.data.images import Photo, read_photos
+from nora_diffusion.data.images import Photo, read_photos, square
 from nora_diffusion.data.masks import latent_weights
 from nora_diffusion.families.base import Conditioning, Family, Framing
 from nora_diffusion.sampling import GUIDANCE, STEPS, sample_prompts, save_png
@@ -35,6 +38,10 @@ from nora_diffusion.train.report import Report
 
 CLASS_SEED = 1_000_000
 """Seed of the first class image: apart from the seeds that validation pictures use."""
+
+
+SQUARE_PX = 256
+"""Most that a tile of ``before_after.png`` shows."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Inputs:
         class_conditioning: of the Q prompts of classes, by the base model.
         scenes: of the prompts in ``sample.prompts``, by the base model.
         negative: of ``sample.negative_prompt``, by the base model.
+        squares: the photos, small, for ``before_after.png``: their files may be gone by then.
         digest: of what is trained on, to notice a change before resuming.
         dropout: shares of captions and of triggers dropped.
     """
@@ -96,8 +104,14 @@ class Inputs:
     class_conditioning: Conditioning
     scenes: Conditioning
     negative: Conditioning
+    squares: tuple[Image.Image, ...]
     digest: str
     dropout: tuple[float, float] = (0.0, 0.0)
+
+    def photo_table(self) -> list[list[str]]:
+        """File name, digest and prompt of each photo, to tell what has changed since."""
+        found = {item.photo.path: item for item in self.dataset.items}
+        return [[path.name, item.photo.digest, item.prompt] for path, item in found.items()]
 
     def batch(self, number: int, size: int) -> Batch:
         """Batch ``number`` of the run, a function of the number and the seed alone."""
@@ -166,6 +180,7 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         class_conditioning=of_classes,
         scenes=of_scenes,
         negative=negative,
+        squares=tuple(square(photo.open(), min(side, SQUARE_PX)) for photo in all_photos(found)),
         digest=_digest(items, masks),
         dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
     )
@@ -290,10 +305,12 @@ def _class_folder(
 ) -> Path:
     if subject.class_images is not None:
         return Path(subject.class_images).expanduser()
+    in_run = Path(cfg.output.dir).expanduser() / (
+        f"class_images-{number + 1}" if number else "class_images"
+    )
     cache = cache_dir()
     if cache is None or not cfg.data.cache:
-        name = f"class_images-{number + 1}" if number else "class_images"
-        return Path(cfg.output.dir) / name
+        return in_run
     spec = [
         weights_digest(family.components.denoiser),
         str(family.components.dtype),
@@ -302,7 +319,16 @@ def _class_folder(
         GUIDANCE,
     ]
     name = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:24]
-    return cache / "class-images" / name
+    folder = cache / "class-images" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"class images are kept in the run folder: {folder} cannot be made ({error.strerror})",
+            stacklevel=2,
+        )
+        return in_run
+    return folder if os.access(folder, os.W_OK) else in_run
 
 
 def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> list[Tensor]:

@@ -13,7 +13,7 @@ from PIL import Image
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
-from nora_diffusion.data.images import square
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import DTYPES
 from nora_diffusion.sampling import (
@@ -59,12 +59,10 @@ def write_outcome(session: Session) -> None:
     before = _draw(session, adapted=False)
     _write_samples(session, after)
     _write_sheet(session, after, run / SHEET)
-    side = session.family.resolution_px
-    photos = [square(photo.open(), side) for photo in session.inputs.photos]
-    compared = before_after_sheet(photos, scene_prompts(cfg), before, after)
+    compared = before_after_sheet(session.inputs.squares, scene_prompts(cfg), before, after)
     save_png(compared, run / BEFORE_AFTER, _origin(session))
     session.report.picture(session.step, run / BEFORE_AFTER, compared, "before and after")
-    (run / CARD_FILE).write_text(model_card(session), encoding="utf-8")
+    write_atomically(run / CARD_FILE, model_card(session).encode())
 
 
 def _write_lora(session: Session) -> None:

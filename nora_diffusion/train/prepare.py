@@ -17,7 +17,7 @@ from nora_diffusion.schema import get_key
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
-from nora_diffusion.train.inputs import encode_inputs
+from nora_diffusion.train.inputs import Inputs, encode_inputs
 from nora_diffusion.train.optimizers import check_optimizer, make_optimizer
 from nora_diffusion.train.publish import check_upload
 from nora_diffusion.train.report import Report
@@ -140,6 +140,24 @@ def check_offload(cfg: DreamboothConfig, device: torch.device) -> None:
             raise UserError(f'model.offload = "group": not with {key} = {given} ({cure})')
 
 
+def _photo_changes(then: list[list[str]], inputs: Inputs) -> str:
+    """A line for each photo that is gone, new or changed; empty where it is only their masks."""
+    now = inputs.photo_table()
+    old = {name: rest for name, *rest in then if [name, *rest] not in now}
+    new = {name: rest for name, *rest in now if [name, *rest] not in then}
+    lines: list[str] = []
+    for name in dict.fromkeys([*old, *new]):
+        if name not in new:
+            lines.append(f"{name}: is missing, or cannot be read")
+        elif name not in old:
+            lines.append(f"{name}: was not there")
+        elif old[name][0] != new[name][0]:
+            lines.append(f"{name}: is another picture")
+        else:
+            lines.append(f"{name}: its prompt is {quote(new[name][1])}, was {quote(old[name][1])}")
+    return "".join(f"\n  {line}" for line in lines)
+
+
 def _restore(session: Session, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state into a fresh session.
 
@@ -155,6 +173,7 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
             raise UserError(
                 f"{key}: not what it was when {checkpoint.path} was written, so the run cannot be "
                 "continued; bring the old files back, or start a new run in another output.dir"
+                + (_photo_changes(state["photos"], session.inputs) if given == "data" else "")
             )
     common.copy_into(session.parameters, checkpoint.tensors["trained"])
     common.load_optimizer_tensors(

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 
@@ -86,7 +87,7 @@ def _open_wandb(cfg: DreamboothConfig, project: str, run: Path) -> Any:
     identity = folder / RUN_ID
     resume = identity.is_file()
     if not resume:
-        identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        write_atomically(identity, uuid.uuid4().hex[:8].encode())
     settings = {key.name: get_key(cfg, key.name) for key in list_keys(DreamboothConfig)}
     tracker = WandBTracker(
         project,

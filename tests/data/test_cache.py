@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 
 from nora_diffusion.config import UserError
 from nora_diffusion.data.cache import encode_items
@@ -80,17 +81,60 @@ def test_another_crop_is_another_picture(items, tmp_path):
     assert encoder.calls == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 40, None])
-def test_a_torn_file_is_encoded_again(items, tmp_path, damage):
+def rewritten(change):
+    """Damage that leaves a safetensors file, with another latent beside the same digest."""
+
+    def damage(data: bytes) -> bytes:
+        tensors = load(data)
+        return save({**tensors, "latent": change(tensors["latent"])})
+
+    return damage
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "not safetensors": lambda data: b"\xff" * 40,
+    "cut": lambda data: data[:-3],
+    "another shape": rewritten(lambda latent: latent[:, :1].clone()),
+    "NaN": rewritten(lambda latent: latent * float("nan")),
+    "another dtype": rewritten(lambda latent: latent.half()),
+    "another value": rewritten(lambda latent: latent + 1),
+    "no digest": lambda data: save({"latent": load(data)["latent"]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_encoded_again(items, tmp_path, damage):
     folder = tmp_path / "cache"
     first = encode_items(items, Encoder(), resolution_px=16, model=MODEL, folder=folder)
     for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:-3] if damage is None else damage)
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
     encoder = Encoder()
     second = encode_items(items, encoder, resolution_px=16, model=MODEL, folder=folder)
     assert encoder.calls == 2
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert sorted(path.suffix for path in folder.iterdir()) == [".safetensors"] * 2
+
+
+def test_files_that_changed_places_are_encoded_again(items, tmp_path):
+    folder = tmp_path / "cache"
+    first = encode_items(items, Encoder(), resolution_px=16, model=MODEL, folder=folder)
+    (one, other), contents = folder.iterdir(), [path.read_bytes() for path in folder.iterdir()]
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    second = encode_items(items, Encoder(), resolution_px=16, model=MODEL, folder=folder)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_photo_that_changes_while_pictures_are_encoded_is_named_and_never_kept(items, tmp_path):
+    folder, photo = tmp_path / "cache", items[0].photo.path
+    before = photo.read_bytes()
+    for change in (photo.unlink, lambda: photo.write_bytes(items[1].photo.path.read_bytes())):
+        change()
+        with pytest.raises(UserError, match=r"a\.png: this photo .* resume"):
+            encode_items(items, Encoder(), resolution_px=16, model=MODEL, folder=folder)
+        assert not folder.exists()
+        photo.write_bytes(before)
 
 
 def test_a_disk_that_takes_no_files_costs_only_a_warning(items, tmp_path):

@@ -46,7 +46,7 @@ def test_the_newest_by_number_is_taken_and_old_ones_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "empty"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, file, damage):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / file
@@ -55,6 +55,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, file, dama
         path.unlink()
     elif damage == "cut":
         path.write_bytes(data[:-10])
+    elif damage == "empty":
+        path.write_bytes(b"")
     else:
         data[len(data) // 2] ^= 0x80
         path.write_bytes(data)
@@ -63,10 +65,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, file, dama
     assert checkpoint is not None and checkpoint.step == 1
 
 
+def test_a_state_that_is_another_is_noticed(tmp_path):
+    """Such as one digit: it still is JSON."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "state.json"
+    path.write_text(path.read_text().replace('"note": "step 2"', '"note": "step 3"'))
+    with pytest.warns(UserWarning, match=r"step-2 is damaged \(state.json is not what was"):
+        checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+
+
 def test_a_newer_version_is_not_guessed_at(tmp_path):
     path = save(tmp_path, 3) / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.warns(UserWarning, match="version is 2"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    with pytest.warns(UserWarning, match="version is 3"):
         assert newest_checkpoint(tmp_path) is None
 
 

@@ -6,9 +6,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
-import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -443,59 +440,6 @@ def test_divergence_stops_with_the_last_good_checkpoint_named(make_config, tmp_p
     assert last["event"] == "error" and "checkpoints/step-" in str(last["message"])
     if what == "weight":
         assert "step-2" in str(last["message"]) and calls.count == at
-
-
-_RUNNER = """
-import sys
-from nora_diffusion.config import load_config, load_run
-from nora_diffusion.train import dreambooth
-path, resume = sys.argv[1], sys.argv[2] == "resume"
-dreambooth.run(load_run(path) if resume else load_config(path), resume=resume)
-"""
-
-
-def killed_and_resumed(cfg, folder: Path, tmp_path: Path, kills: int) -> None:
-    """Kill a run with SIGKILL ``kills`` times while it writes a checkpoint every step."""
-    from nora_diffusion.config import to_toml
-
-    (tmp_path / "config.toml").write_text(to_toml(cfg))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for number in range(kills):
-        resume = ["resume"] if (folder / "config.toml").exists() else ["start"]
-        source = folder if resume == ["resume"] else tmp_path / "config.toml"
-        process = subprocess.Popen(
-            [sys.executable, "-c", _RUNNER, str(source), *resume],
-            cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        events = folder / "events.jsonl"
-        target = 1 + 3 * number
-        while process.poll() is None and not any(
-            (event["step"] or 0) > target for event in read_events(events)
-        ):
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-    assert not (folder / "adapter.safetensors").exists()
-    dreambooth.run(load_run(folder), resume=True)
-
-
-def kill_test(make_config, tmp_path, kills: int) -> None:
-    train = {"steps": 60, "checkpoint_every": 1, "batch_size": 1, "log_every": 1}
-    whole = make_config(
-        train={**train, "checkpoint_every": 0}, output={"dir": str(tmp_path / "whole")}
-    )
-    dreambooth.run(whole)
-    killed_and_resumed(make_config(train=train), tmp_path / "run", tmp_path, kills)
-    assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(make_config, tmp_path):
-    kill_test(make_config, tmp_path, kills=1)
-
-
-@pytest.mark.slow
-def test_a_run_killed_many_times_goes_on_to_the_same_bits(make_config, tmp_path):
-    kill_test(make_config, tmp_path, kills=8)
 
 
 # ---- what is written ------------------------------------------------------------------------
