@@ -23,6 +23,7 @@ from nora_diffusion.config import (
     shipped_configs,
 )
 from nora_diffusion.presets import PRESETS, find_preset
+from nora_diffusion.run_folder import check_free
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import part_overrides, quote, to_toml
 
@@ -177,32 +178,9 @@ def _settle(
     if resume is not None:
         overrides = [*overrides, f"output.dir={resume}"]
     config = load_config(source, overrides, preset)
-    _refuse_used_folder(Path(config.output.dir).expanduser(), resume is not None)
+    given_as = "output.dir =" if resume is None else "--resume"
+    check_free(Path(config.output.dir).expanduser(), given_as)
     return config, False
-
-
-def _refuse_used_folder(folder: Path, resume: bool) -> None:
-    if os.path.isfile(folder):
-        raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
-    # The config is the first file of a run; what its writer left behind when killed is no content.
-    partial = f".{RUN_CONFIG}."
-    try:
-        if not folder.exists() or all(path.name.startswith(partial) for path in folder.iterdir()):
-            return
-    except OSError as error:
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: cannot be looked into ({error.strerror}); give "
-            "another --output.dir"
-        ) from None
-    if (folder / RUN_CONFIG).is_file():
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: already holds a run; continue it with "
-            f"--resume {shlex.quote(str(folder))}, or give another --output.dir"
-        )
-    what = "--resume" if resume else "output.dir ="
-    raise UserError(
-        f"{what} {quote(str(folder))}: holds other files and no run; give an empty or new folder"
-    )
 
 
 def _dry_run(config: DreamboothConfig, preset: str | None) -> int:

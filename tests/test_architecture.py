@@ -11,7 +11,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = [name for name in ("nora_diffusion", "webui") if (ROOT / name).is_dir()]
 
-BASE = {"nora_diffusion", "disk", "schema", "settings", "presets", "config", "events"}
+BASE = {
+    "nora_diffusion",
+    "disk",
+    "schema",
+    "settings",
+    "presets",
+    "config",
+    "events",
+    "run_folder",
+}
 """What everyone may import; of these, the package itself is only its version and lazy names."""
 
 MAY_IMPORT = {
@@ -22,6 +31,7 @@ MAY_IMPORT = {
     "subjects": {"schema"},
     "presets": {"settings"},
     "sections": {"schema"},
+    "run_folder": {"config", "disk", "events", "settings"},
     "config": {"disk", "schema", "settings", "presets", "sections", "subjects"},
     "events": {"disk"},
     "adapter.factor_cache": set(),

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nora_diffusion.cli import INTERRUPTED, USER_ERROR, main, main_dreambooth
 from nora_diffusion.config import DreamboothConfig, load_config, shipped_configs
-from nora_diffusion.events import read_events
+from nora_diffusion.events import EventLog, read_events
 from nora_diffusion.schema import list_keys
 from nora_diffusion.settings import quote, validate
 
@@ -146,7 +148,7 @@ def test_a_folder_with_a_run_or_other_files_is_refused(settings, tmp_path, capsy
     assert "holds other files and no run" in refused(capsys, "mini", "--resume", str(run))
     (run / "config.toml").write_text("")
     message = refused(capsys, "mini", *settings)
-    assert f"continue it with --resume {run}" in message
+    assert f"continue it with nora-dreambooth --resume {run}" in message
 
 
 def test_resume_of_nothing_starts_there(settings, tmp_path, capsys):
@@ -385,3 +387,60 @@ def test_a_resume_that_fails_leaves_the_runs_own_settings(tmp_path, capsys):
     before = (run / "config.toml").read_bytes()
     assert main_dreambooth(["--resume", str(run), "--data.subject", str(tmp_path / "none")]) == 2
     assert (run / "config.toml").read_bytes() == before
+
+
+def test_a_damaged_base_is_told_with_its_key(fast, base, tmp_path, capsys):
+    """And the command with a whole one may use the same run folder."""
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    run = tmp_path / "run"
+    command = [*fast, "--model.base", str(broken), "--output.dir", str(run)]
+    for path, data in (
+        ("model_index.json", b"{"),
+        ("unet/config.json", b""),
+        ("tokenizer/tokenizer_config.json", b"\xff\xfe"),
+        ("vae/config.json", None),
+        ("unet/diffusion_pytorch_model.safetensors", b"\x00" * 100),
+        ("text_encoder/model.safetensors", b"cut"),
+    ):
+        whole = (broken / path).read_bytes()
+        (broken / path).unlink()
+        if data is not None:
+            (broken / path).write_bytes(data)
+        assert main_dreambooth(command) == USER_ERROR, path
+        err = capsys.readouterr().err
+        assert "error: model.base" in err and "download or copy it again" in err, path
+        assert "Traceback" not in err
+        (broken / path).write_bytes(whole)
+    assert main_dreambooth([*fast, "--output.dir", str(run)]) == 0
+    assert tomllib.loads((run / "config.toml").read_text())["model"]["base"] == str(base)
+    assert read_events(run / "events.jsonl")[-1]["event"] == "done"
+
+
+def test_a_base_that_answers_nan_is_told_apart_from_a_learning_rate(fast, base, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] += float("nan")
+    save_file(tensors, weights)
+    run = ["--model.base", str(broken), "--output.dir", str(tmp_path / "run")]
+    assert main_dreambooth([*fast, *run]) == USER_ERROR
+    err = capsys.readouterr().err
+    assert f'the answer of model.base = "{broken}" itself' in err
+    assert "train.learning_rate" not in err
+
+
+def test_a_run_that_is_under_way_is_not_taken_for_a_failed_start(fast, tmp_path, capsys):
+    """Its last event is no error, or it has a checkpoint."""
+    run = tmp_path / "run"
+    assert main_dreambooth([*fast, "--output.dir", str(run), "--adapter.target_modules", "no"]) == 2
+    assert "adapter.target_modules" in capsys.readouterr().err
+    before = (run / "events.jsonl").read_bytes()
+    EventLog(run / "events.jsonl").write("start")
+    assert "already holds a run" in refused(capsys, *fast, "--output.dir", str(run))
+    (run / "events.jsonl").write_bytes(before)
+    (run / "checkpoints").mkdir()
+    assert "already holds a run" in refused(capsys, *fast, "--output.dir", str(run))
+    (run / "checkpoints").rmdir()
+    assert dry_run(capsys, *fast, "--output.dir", str(run)).output.dir == str(run)

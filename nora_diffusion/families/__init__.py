@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -72,7 +73,7 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
             raise UserError("dtype and torch_dtype are two names of one setting; give dtype alone")
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     source = locate(base)
-    with _quiet(source):
+    with _quiet(source), told_of_damage(base):
         pipe = family_class(detect_family(source)).load_pipeline(source, **kwargs)
     _name_parts(pipe, _lasting_name(source))
     return pipe
@@ -102,7 +103,7 @@ def load_family(
             quantises is missing.
     """
     source = locate(base)
-    with _quiet(source):
+    with _quiet(source), told_of_damage(base):
         found = detect_family(source)
         if quantize != "none":
             kwargs |= _quantise().while_loading(source, quantize, dtype)
@@ -117,6 +118,23 @@ def load_family(
     loaded.components.base = _lasting_name(source)
     _name_parts(loaded.components.pipeline, loaded.components.base)
     return loaded
+
+
+@contextmanager
+def told_of_damage(base: Any) -> Iterator[None]:
+    """Turn what libraries raise on damaged or missing files of a base into a ``UserError``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system: it names the file itself
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f'model.base = "{base}": cannot be read ({first}); files of it are damaged or missing: '
+            "download or copy it again"
+        ) from error
 
 
 def family_class(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nora_diffusion.config import UserError
-from nora_diffusion.families import ASSETS, detect_family, family_class, locate
+from nora_diffusion.families import ASSETS, detect_family, family_class, locate, told_of_damage
 from nora_diffusion.families.base import Conditioning, Family
 from nora_diffusion.families.quiet import quiet_loading
 
@@ -103,7 +103,7 @@ def skeleton(base: str | Path, dtype: torch.dtype) -> Family:
         UserError: when there is no such base, or its family is not supported.
     """
     folder = config_folder(base)
-    with quiet_loading():
+    with quiet_loading(), told_of_damage(base):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = {
             name: _part(folder / name, *entry)
@@ -145,7 +145,10 @@ def _read(folder: Path) -> dict[str, Any]:
     for name in ("config.json", "scheduler_config.json"):
         if (folder / name).is_file():
             return json.loads((folder / name).read_text(encoding="utf-8"))
-    raise UserError(f"model.base: {folder} holds no config.json")
+    raise UserError(
+        f"model.base: {folder} holds no config.json, so the base is not whole; download or copy it "
+        "again"
+    )
 
 
 def _tokenizer(folder: Path, kind: Any) -> Any:

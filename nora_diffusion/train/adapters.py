@@ -198,7 +198,10 @@ def add_adapter(component: str, model: Any, config: NoraConfig) -> None:
 
 
 def _load_start(source: str, family: Family, models: dict[str, nn.Module]) -> None:
-    path = adapter_path(Path(source))
+    try:
+        path = adapter_path(Path(source))
+    except UserError as error:
+        raise UserError(f'adapter.init_from = "{source}": {error}') from None
     load_adapter(family.components.pipeline, path, NAME)
     for name, model in family.components.text_encoders.items():
         if name not in models and any(True for _ in iter_nora_layers(model)):

@@ -21,6 +21,7 @@ from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_
 from nora_diffusion.disk import remove_temporaries
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
+from nora_diffusion.run_folder import check_free
 from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
@@ -192,12 +193,20 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
     # Weights may have gone wrong some steps before their loss shows it.
     before = session.step - session.guard.WINDOW
     good = newest_path(session.run, before) or newest_path(session.run)
-    rate = session.cfg.train.learning_rate
+    cfg = session.cfg
+    cure = (
+        f"Start a new run with a lower train.learning_rate (now {cfg.train.learning_rate:g}), or "
+        'with model.dtype = "fp32" if it was not'
+    )
+    if session.step == 0:  # nothing has been trained yet
+        cure = (
+            f'It is the answer of model.base = "{cfg.model.base}" itself: use model.dtype = "fp32" '
+            "if it was not, or another copy of the base"
+        )
     raise common.TrainingDiverged(
         f"stopped at step {session.step + 1}: {problem}. "
         + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. ")
-        + f"Start a new run with a lower train.learning_rate (now {rate:g}), or with "
-        'model.dtype = "fp32" if it was not'
+        + cure
     )
 
 
@@ -268,8 +277,8 @@ def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:
 
 def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
     folder = Path(cfg.output.dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output.dir = {quote(str(folder))}: is a file; give a folder")
+    if not resume:
+        check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -277,14 +286,8 @@ def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
             f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
             "--output.dir"
         ) from None
-    if resume:
-        remove_temporaries(folder)
-    if not resume and any(not path.name.startswith(f".{RUN_CONFIG}.") for path in folder.iterdir()):
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: is not empty; continue the run in it with "
-            f"nora-dreambooth --resume {shlex.quote(str(folder))}, or give another --output.dir"
-        )
-    if not (folder / RUN_CONFIG).is_file():
+    remove_temporaries(folder)
+    if not resume or not (folder / RUN_CONFIG).is_file():
         save_config(cfg, folder)
     return folder
 

@@ -398,7 +398,7 @@ def test_checkpoints_are_pruned_to_the_newest(make_config, tmp_path):
 def test_a_used_folder_is_refused(make_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="output.dir.*not empty.*--resume"):
+    with pytest.raises(UserError, match="output.dir.*holds other files and no run"):
         dreambooth.run(make_config())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 

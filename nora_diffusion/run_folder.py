@@ -1,0 +1,51 @@
+"""Whether a folder can take a new run."""
+
+import shlex
+from pathlib import Path
+
+from nora_diffusion.config import RUN_CONFIG, UserError
+from nora_diffusion.disk import is_temporary
+from nora_diffusion.events import read_events
+from nora_diffusion.settings import quote
+
+EVENTS = "events.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def check_free(folder: Path, given_as: str = "output.dir =") -> None:
+    """Refuse a folder that holds something.
+
+    A run that ended in an error before its first checkpoint is nothing: the corrected command may
+    take its place.
+
+    Args:
+        folder: where the run shall go; it need not exist.
+        given_as: what stands before it in messages.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    shown = f"{given_as} {quote(str(folder))}"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{shown}: is a file; give a folder")
+        # What was being written when a start was killed is no content.
+        if not folder.exists() or all(map(is_temporary, folder.iterdir())):
+            return
+        if not (folder / RUN_CONFIG).is_file():
+            raise UserError(f"{shown}: holds other files and no run; give an empty or new folder")
+        if _failed_at_the_start(folder):
+            return
+    except OSError as error:
+        raise UserError(
+            f"{shown}: cannot be looked into ({error.strerror}); give another --output.dir"
+        ) from None
+    raise UserError(
+        f"{shown}: already holds a run; continue it with "
+        f"nora-dreambooth --resume {shlex.quote(str(folder))}, or give another --output.dir"
+    )
+
+
+def _failed_at_the_start(folder: Path) -> bool:
+    events = read_events(folder / EVENTS)
+    return not (folder / CHECKPOINTS).exists() and bool(events) and events[-1]["event"] == "error"
