@@ -34,7 +34,7 @@ class ZeroUpdate:
             optimizer: AdamW over these.
             settings: of DeepSpeed, from ``launcher.deepspeed_settings``.
         """
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         self.parameters = parameters
         self.optimizer = optimizer
@@ -57,7 +57,9 @@ class ZeroUpdate:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See ``Update.state``; put together from all processes, so that any number can go on."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+            safe_get_full_optimizer_state,
+        )
 
         steps = self.optimizer.state[self._flat()[0]]["step"]
         tensors: dict[str, Tensor] = {}
@@ -70,7 +72,10 @@ class ZeroUpdate:
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any] | None) -> None:
         """See ``Update.restore``."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+        )
 
         steps = next(value for name, value in tensors.items() if name.endswith("/step"))
         for flat in self._flat():  # AdamW makes its state with its first step
