@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -99,7 +99,8 @@ class Processes:
         try:
             result = make()
         except BaseException:
-            self._broadcast((False, None))
+            with suppress(RuntimeError):  # of a process that is gone: this error is the first
+                self._broadcast((False, None))
             raise
         self._broadcast((True, result))
         return result
@@ -223,7 +224,7 @@ def join() -> Processes:
     Raises:
         UserError: when there are more processes than GPUs.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return ALONE
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()

@@ -44,6 +44,12 @@ class ZeroUpdate:
             config=settings,
             dist_init_required=False,
         )
+        # AdamW would make the same with its first step. But DeepSpeed looks for it once only, after
+        # the step of the first group, and would never see that of the text encoders.
+        for flat in self._flat():
+            state = {name: torch.zeros_like(flat) for name in STATES}
+            optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **state}
+        self.zero._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See ``Update.backward``."""
@@ -78,10 +84,8 @@ class ZeroUpdate:
         )
 
         steps = next(value for name, value in tensors.items() if name.endswith("/step"))
-        for flat in self._flat():  # AdamW makes its state with its first step
-            zeros = {state: torch.zeros_like(flat) for state in STATES}
-            self.optimizer.state[flat] = {"step": steps.clone(), **zeros}
-        self.zero._lazy_init_hp_params_optimizer_state()
+        for flat in self._flat():
+            self.optimizer.state[flat]["step"].copy_(steps)
         for name, parameter in self.parameters.items():
             safe_set_full_fp32_param(parameter, parameter.detach())
             for state in STATES:

@@ -8,6 +8,9 @@ from pathlib import Path
 from nora_diffusion.cli import main_dreambooth
 from tests.train.conftest import counted_calls
 
+END = "== end of a command =="
+"""Printed after the output of each."""
+
 
 def main(jobs: Path) -> None:
     rank = int(os.environ["RANK"])
@@ -22,8 +25,8 @@ def main(jobs: Path) -> None:
                 code = stop.code
         with open(f"{jobs}.{rank}", "a") as file:
             file.write(json.dumps([code, calls.count]) + "\n")
-        print(flush=True)
-        print(file=sys.stderr, flush=True)
+        print(END, flush=True)
+        print(END, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,13 @@ from nora_diffusion.train.outcome import LORA_FILE
 from nora_diffusion.train.processes import Processes
 from nora_diffusion.train.steps import resolve_steps
 from tests.train.conftest import MakeConfig, defaults, made_config
+from tests.train.pair import END
 from tests.train.test_dreambooth import assert_same, trained
 
 ROOT = Path(__file__).parents[2]
-STEPS = 5
+STEPS = 4
+PATIENCE_S = 900
+"""For a machine with much else to do; nothing here takes a minute by itself."""
 
 EVERYTHING = {
     "train": {
@@ -97,15 +100,18 @@ def launch(
             processes.append(subprocess.Popen(command, cwd=ROOT, env=given, stdout=out, stderr=err))
     outcomes = []
     for rank, process in enumerate(processes):
-        code = process.wait(timeout=300)
+        try:
+            code = process.wait(timeout=PATIENCE_S)
+        finally:
+            process.kill()
         told = Path(f"{path}.{rank}")
         lines = told.read_text().splitlines() if told.exists() else []
         outcomes.append(
             Outcome(
                 code,
                 [json.loads(line) for line in lines],
-                (folder / f"out{rank}").read_text().split("\n\n"),
-                (folder / f"err{rank}").read_text().split("\n\n"),
+                (folder / f"out{rank}").read_text().split(END),
+                (folder / f"err{rank}").read_text().split(END),
             )
         )
     return outcomes
@@ -173,7 +179,7 @@ def pair(tmp_path_factory, base, photos) -> Pair:
     # A step is four calls in each process: two passes, each for the subject and the prior.
     jobs["parts"].signals = ((1, 4 + 2, signal.SIGTERM),)  # in the second step, to one of them
     resume = ["--resume", str(folder / "parts")]
-    jobs["again"] = Job(resume, ((0, 4 + 2, signal.SIGINT), (1, 4 + 3, signal.SIGINT)))
+    jobs["again"] = Job(resume, ((0, 2, signal.SIGINT), (1, 3, signal.SIGINT)))
     jobs["rest"] = Job(resume)
     jobs["unknown key"] = Job([str(folder / "plain.toml"), "--train.stepz", "3"])
     jobs["no photos"] = Job(
@@ -210,8 +216,9 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(pair, name, monk
 
 def test_two_resumes_of_two_processes_give_the_bits_of_one_run(pair):
     assert [pair.codes(name)[0] for name in ("whole", "parts", "again", "rest")] == [0, 130, 130, 0]
-    calls = [outcome.jobs[pair.numbers[n]][1] for outcome in pair.outcomes for n in ("parts", "again", "rest")]  # fmt: skip  # noqa: E501
-    assert calls == 2 * [2 * 4, 2 * 4, 4]  # no step is done twice, and both stop after the same
+    parts = [pair.numbers[name] for name in ("parts", "again", "rest")]
+    calls = [outcome.jobs[number][1] for outcome in pair.outcomes for number in parts]
+    assert calls == 2 * [2 * 4, 4, 4]  # no step is done twice, and both stop after the same
     assert "after step 2" in pair.said("parts")[0] and "2 processes" in pair.said("parts")[0]
     assert_same(trained(pair.folder / "parts"), trained(pair.folder / "whole"))
     saved = [newest_checkpoint(pair.folder / name) for name in ("parts", "whole")]
@@ -222,7 +229,10 @@ def test_two_resumes_of_two_processes_give_the_bits_of_one_run(pair):
 
 def test_only_the_first_process_writes_and_speaks(pair):
     first, other = pair.outcomes
-    assert "".join(other.printed).strip() == "" and "".join(other.errors).strip() == ""
+    assert "".join(other.printed).strip() == ""
+    # What the imports of the test itself are told does not count.
+    lines = [line for line in "".join(other.errors).splitlines() if "[transformers]" not in line]
+    assert "".join(lines).strip() == ""
     for name in ("plain", "everything"):
         assert first.printed[pair.numbers[name]].count("predicted memory") == 1
         events = read_events(pair.folder / name / "events.jsonl")
@@ -253,7 +263,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began(pair):
         dreambooth.run(pair.make("plain"), resume=True)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_and_leaves_a_checkpoint(make_config, tmp_path, victim):
     cfg = make_config(train={"steps": 50, "batch_size": 1, "checkpoint_every": 2})
     job = Job([write(cfg, tmp_path / "c.toml")], ((victim, 4, signal.SIGKILL),))
@@ -263,7 +273,7 @@ def test_a_killed_process_ends_the_other_and_leaves_a_checkpoint(make_config, tm
     assert outcomes[victim].code == -signal.SIGKILL
     ((code, _),) = outcomes[1 - victim].jobs
     assert code == 2
-    message = "\n\n".join(outcomes[1 - victim].errors)
+    message = "".join(outcomes[1 - victim].errors)
     assert re.search(
         r"another process.*has gone.*checkpoints/step-2; continue with: "
         r"nora-dreambooth --resume \S+/run under accelerate launch, with 2",
@@ -418,13 +428,13 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint_to_go_on_from(
     events = tmp_path / "run" / "events.jsonl"
     wait_for(lambda: any((e["step"] or 0) >= 2 for e in read_events(events)), process)
     os.killpg(process.pid, number)  # as Ctrl-C does: to the launcher and to all it started
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode != 0
     assert output.count("continue with: nora-dreambooth --resume") == 1, output
     saved = newest_checkpoint(tmp_path / "run")
     assert saved and f"after step {saved.step};" in output
     again = accelerate(*config, *COMMAND, "--resume", str(tmp_path / "run"), cwd=tmp_path)
-    output = again.communicate(timeout=300)[0]
+    output = again.communicate(timeout=PATIENCE_S)[0]
     assert again.returncode == 0, output
     whole = make_config(train=train, output={"dir": str(tmp_path / "whole")})
     launch([Job([write(whole, tmp_path / "whole.toml")])], tmp_path / "launch")
@@ -448,7 +458,7 @@ def test_a_process_that_is_killed_under_the_launcher_is_missed(make_config, tmp_
         and b"LOCAL_RANK=1\0" in path.read_bytes()
     )
     os.kill(victim, signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode != 0
     assert re.search(r"another process.*has gone.*continue with: nora-dreambooth --resume", output)
     assert newest_checkpoint(tmp_path / "run")
@@ -467,7 +477,7 @@ def test_two_launchers_are_two_machines(make_config, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    outputs = [machine.communicate(timeout=PATIENCE_S)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert "predicted memory" in outputs[0] and "predicted memory" not in outputs[1]
     alone = make_config(train={"batch_size": 2}, output={"dir": str(tmp_path / "alone")})
