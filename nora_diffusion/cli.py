@@ -102,12 +102,10 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _dreambooth(argv: Sequence[str]) -> int:
-    argv, overrides = part_overrides(argv)
-    args, unknown = _dreambooth_parser().parse_known_args(argv)
-    overrides += unknown
-    config, resume = _settle(args.config, args.resume, overrides, args.preset)
-    if args.dry_run:
-        return _dry_run(config, args.preset)
+    settled = _settle_for_all(argv) if "LOCAL_RANK" in os.environ else _settle(argv)
+    if settled is None:  # it was a dry run
+        return 0
+    config, resume = settled
 
     from nora_diffusion.train import dreambooth
 
@@ -116,6 +114,27 @@ def _dreambooth(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or f"stopped; {_how_to_resume(config)}") from None
     return 0
+
+
+def _settle_for_all(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None:
+    """Under a launcher: the first process reads the command line, the others are handed it."""
+    from nora_diffusion.train.processes import join
+
+    processes = join()
+    with processes.together(lambda: "no run had been started"):
+        return processes.from_first(lambda: _settle(argv))
+
+
+def _settle(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None:
+    """The config to train with, and whether it continues a run; None after a dry run."""
+    argv, overrides = part_overrides(argv)
+    args, unknown = _dreambooth_parser().parse_known_args(argv)
+    overrides += unknown
+    config, resume = _load(args.config, args.resume, overrides, args.preset)
+    if args.dry_run:
+        _dry_run(config, args.preset)
+        return None
+    return config, resume
 
 
 def _dreambooth_parser() -> argparse.ArgumentParser:
@@ -158,7 +177,7 @@ def _dreambooth_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settle(
+def _load(
     source: str | None, resume: str | None, overrides: list[str], preset: str | None
 ) -> tuple[DreamboothConfig, bool]:
     """The config to train with, and whether it continues a run."""
@@ -183,23 +202,26 @@ def _settle(
     return config, False
 
 
-def _dry_run(config: DreamboothConfig, preset: str | None) -> int:
+def _dry_run(config: DreamboothConfig, preset: str | None) -> None:
     """Print the config as TOML, and as comments what the run would find."""
     from nora_diffusion.train import photos
+    from nora_diffusion.train.launcher import check_launcher
     from nora_diffusion.train.prepare import check_extras
+    from nora_diffusion.train.processes import join
     from nora_diffusion.train.steps import resolve_steps
 
     check_extras(config)
-    config, told = resolve_steps(config)
+    processes = join()
+    check_launcher(config, processes)
+    config, told = resolve_steps(config, processes.count)
     print(to_toml(config))
     lines = [] if preset is None else _preset_lines(config, preset)
     lines += [] if told is None else [told]
     found = photos.read_subjects(config)
-    sizes, memory = _of_base(config, found)
+    sizes, memory = _of_base(config, found, processes.shards)
     reported = photos.report_lines(config, found, sizes)
     lines += [line for text in (*reported, *memory) for line in text.splitlines()]
     print("\n".join(f"# {line}" for line in lines))
-    return 0
 
 
 def _preset_lines(config: DreamboothConfig, preset: str) -> list[str]:
@@ -213,7 +235,7 @@ def _preset_lines(config: DreamboothConfig, preset: str) -> list[str]:
 
 
 def _of_base(
-    config: DreamboothConfig, found: Sequence[Any]
+    config: DreamboothConfig, found: Sequence[Any], shards: int
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """Resolution and multiple of the base, and the memory a run will need."""
     from nora_diffusion.train.memory import picture_sizes, plan_memory
@@ -222,7 +244,8 @@ def _of_base(
     photos = [photo.size for photo in all_photos(found)]
     try:
         sizes = picture_sizes(config)
-        return sizes, plan_memory(config, count_pictures(config, found), photos).lines()
+        pictures = count_pictures(config, found)
+        return sizes, plan_memory(config, pictures, photos, shards).lines()
     except UserError as error:  # configs that cannot be had now may be there at the run
         return None, [f"predicted memory: unknown, because of {error}"]
 

@@ -127,7 +127,9 @@ class Train(Section):
         resume=True,
         allowed="a whole number >= 1, or auto",
     )
-    batch_size: int = setting(4, "Images in one forward pass.", unit="images", ge=1)
+    batch_size: int = setting(
+        4, "Images in one forward pass, of each process.", unit="images", ge=1
+    )
     gradient_accumulation_steps: int = setting(
         1, "Forward passes added up for one optimiser step.", ge=1
     )

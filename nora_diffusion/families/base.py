@@ -104,7 +104,8 @@ class Components:
         dtype: number format of denoiser and text encoders; the autoencoder stays float32.
         staged: the parts wait on the CPU, and come to the device when ``placed`` or ``place_rest``
             brings them.
-        offloaded: the denoiser stays on the CPU, and its layers come to the device one by one.
+        offloaded: the denoiser stays on the CPU, and its layers come to the device one by one, or
+            its parts to several devices.
     """
 
     base: str

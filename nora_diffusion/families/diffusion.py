@@ -71,10 +71,12 @@ def diffusion_loss(
             ``prediction_type``.
         mask: (B, 1, h, w) in [0, 1], the share by which each place counts; None: all of it.
     """
+    whole, rows = options.part[1] * len(latents), objective.rows_of(options.part, len(latents))
     timesteps = objective.law_timesteps(
-        options.timestep_law, len(latents), len(alphas_cumprod), generator
-    )
-    noise = objective.draw_noise(latents.shape, generator, options.offset_noise).to(device)
+        options.timestep_law, whole, len(alphas_cumprod), generator
+    )[rows]
+    shape = torch.Size((whole, *latents.shape[1:]))
+    noise = objective.draw_noise(shape, generator, options.offset_noise)[rows].to(device)
     alpha, sigma = objective.alpha_sigma(alphas_cumprod, timesteps, latents.ndim)
     alpha, sigma, latents = alpha.to(device), sigma.to(device), latents.to(device)
     noisy, at = objective.add_noise(latents, noise, alpha, sigma).to(dtype), timesteps.to(device)

@@ -73,8 +73,10 @@ def flow_loss(
             'weight is for diffusion models; set it to "none" (train.timestep_law is what weighs '
             "noise levels here)"
         )
-    sigmas = objective.law_sigmas(options.timestep_law, len(latents), generator)
-    noise = objective.draw_noise(latents.shape, generator, options.offset_noise).to(device)
+    whole, rows = options.part[1] * len(latents), objective.rows_of(options.part, len(latents))
+    sigmas = objective.law_sigmas(options.timestep_law, whole, generator)[rows]
+    shape = torch.Size((whole, *latents.shape[1:]))
+    noise = objective.draw_noise(shape, generator, options.offset_noise)[rows].to(device)
     sigmas = objective.shift_sigmas(sigmas, shift).to(device)
     latents = latents.to(device)
     at = sigmas.reshape(-1, *[1] * (latents.ndim - 1))

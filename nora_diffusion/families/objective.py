@@ -33,12 +33,20 @@ class LossOptions:
         soft_min_snr: the smooth form of that cap.
         timestep_law: where timesteps are drawn from; "default" is the family's own.
         offset_noise: standard deviation of a further noise that is constant over each channel.
+        part: (k, n), the batch is part k, from 0, of one that n processes share: timesteps and
+            noise are drawn for all of it, so that they are those of one process with the whole.
     """
 
     min_snr_gamma: float | None = None
     soft_min_snr: bool = False
     timestep_law: Literal["default", "uniform", "logit_normal", "mode"] = "default"
     offset_noise: float = 0.0
+    part: tuple[int, int] = (0, 1)
+
+
+def rows_of(part: tuple[int, int], size: int) -> slice:
+    """Where in a shared batch part (k, n) of ``size`` rows is; see ``LossOptions.part``."""
+    return slice(part[0] * size, (part[0] + 1) * size)
 
 
 def alpha_sigma(alphas_cumprod: Tensor, timesteps: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:

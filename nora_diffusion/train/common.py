@@ -52,13 +52,14 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.absmax", absmax
 
 
-def loss_options(cfg: Train) -> LossOptions:
-    """What the config says of timesteps, noise and weights."""
+def loss_options(cfg: Train, part: tuple[int, int] = (0, 1)) -> LossOptions:
+    """What the config says of timesteps, noise and weights; for ``part`` see ``LossOptions``."""
     return LossOptions(
         min_snr_gamma=cfg.min_snr_gamma,
         soft_min_snr=cfg.soft_min_snr,
         timestep_law=cfg.timestep_law,
         offset_noise=cfg.offset_noise,
+        part=part,
     )
 
 
@@ -73,14 +74,16 @@ def derive_seed(seed: int, *stream: int | str) -> int:
 
 
 def step_generator(
-    seed: int, step: int, micro_step: int, device: torch.device | None = None
+    seed: int, step: int, micro_step: int, device: torch.device | None = None, rank: int = 0
 ) -> torch.Generator:
-    """CPU generator for timesteps and noise of one forward pass.
+    """CPU generator for timesteps and noise of one forward pass, the same in every process.
 
     The global generators of the CPU and of ``device``, which dropout draws from, are seeded along
-    with it (one by one: ``torch.manual_seed`` takes milliseconds over all kinds of device).
+    with it (one by one: ``torch.manual_seed`` takes milliseconds over all kinds of device), for
+    each process ``rank`` differently.
     """
-    dropout_seed = derive_seed(seed, "dropout", step, micro_step)
+    of_rank = (rank,) if rank else ()
+    dropout_seed = derive_seed(seed, "dropout", step, micro_step, *of_rank)
     torch.default_generator.manual_seed(dropout_seed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(dropout_seed)
@@ -276,8 +279,10 @@ class StopSignal:
     Use as a context manager around the loop; outside the main thread it never fires.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        """With ``patient`` a second one is not obeyed: a launcher repeats what it was sent."""
         self.name: str | None = None
+        self._patient = patient
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -291,7 +296,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
 from nora_diffusion.disk import remove_temporaries
@@ -32,10 +31,12 @@ from nora_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from nora_diffusion.train.inputs import Batch
+from nora_diffusion.train.launcher import check_launcher
 from nora_diffusion.train.memory import check_memory, plan_memory
 from nora_diffusion.train.outcome import draw_sheet, write_outcome
 from nora_diffusion.train.photos import Found, all_photos, count_pictures, read_subjects
 from nora_diffusion.train.prepare import check_extras, prepare
+from nora_diffusion.train.processes import Processes, join
 from nora_diffusion.train.publish import push_to_hub
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
@@ -59,53 +60,63 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
         UserError: on settings, photos or a folder that cannot be used.
         TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
         TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+        ProcessLost: when another process of the run has gone.
     """
-    with explained(Path(cfg.output.dir).expanduser()):
-        return _run(cfg, resume)
+    processes = join()
+    folder = Path(cfg.output.dir).expanduser()
+    with explained(folder), processes.together(lambda: _how_to_go_on(folder)):
+        _run(cfg, folder, resume, processes)
+    return folder
 
 
-def _run(cfg: DreamboothConfig, resume: bool) -> Path:
-    cfg, told = resolve_steps(cfg)
-    check_extras(cfg)
-    # Before there is a folder, which would be in the way of the corrected command.
-    found = read_subjects(cfg)
-    resolve_device(cfg.model.device)
-    locate(cfg.model.base)
-    folder = _open_folder(cfg, resume)
+def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes) -> None:
+    def begin() -> tuple[DreamboothConfig, str | None, list[Found]]:
+        check_launcher(cfg, processes)
+        resolved, told = resolve_steps(cfg, processes.count)
+        check_extras(cfg)
+        # Before there is a folder, which would be in the way of the corrected command.
+        found = read_subjects(cfg)
+        resolve_device(cfg.model.device)
+        locate(cfg.model.base)
+        _open_folder(resolved, folder, resume)
+        return resolved, told, found
+
+    cfg, told, found = processes.from_first(begin)
+    processes.check_same("accelerate launch", processes.strategy)
     report = Report(
         folder,
         total_steps=cfg.train.total_steps,
         log_every=cfg.train.log_every,
-        trackers=open_trackers(cfg, folder),
+        trackers=open_trackers(cfg, folder) if processes.first else (),
+        silent=not processes.first,
     )
     with report, _failures_reported(report):
         if told is not None:
             report.say(told)
-        _check_memory(cfg, found, report)
-        checkpoint = newest_checkpoint(folder) if resume else None
-        if checkpoint is not None:
-            _check_settings(cfg, checkpoint)
-        session = prepare(cfg, folder, report, checkpoint)
-        save_config(cfg, folder)  # of a resumed run only now: new settings have proved usable
+        _check_memory(cfg, found, report, processes)
+        checkpoint = processes.from_first(
+            lambda: _usable_checkpoint(cfg, folder, processes) if resume else None
+        )
+        session = prepare(cfg, folder, report, checkpoint, processes)
+        if processes.first:  # of a resumed run only now: new settings have proved usable
+            save_config(cfg, folder)
         train(session)
         write_outcome(session)
-        if cfg.output.push_to_hub is not None:
+        if cfg.output.push_to_hub is not None and processes.first:
             report.say(f"uploaded to {push_to_hub(folder, cfg.output.push_to_hub)}")
         report.event("done", session.step, message=f"finished; everything is in {folder}")
-    return folder
 
 
 def train(session: Session) -> None:
     """The loop: from ``session.step`` to ``train.steps``."""
-    cfg, report = session.cfg.train, session.report
+    cfg, report, processes = session.cfg.train, session.report, session.processes
     steps = cfg.total_steps
-    parameters = list(session.parameters.values())
     resumed = f", resumed at step {session.step}" if session.step else ""
     report.event("start", session.step, message=f"{steps} steps{resumed}")
     for model in session.models.values():
         model.train()
     report.start_loop(session.step)
-    with common.StopSignal() as stop:
+    with common.StopSignal(patient=processes.count > 1) as stop:
         while session.step < steps:
             factor = common.lr_factor(session.step, cfg.lr_schedule, cfg.lr_warmup_steps, steps)
             lr = common.set_lr(session.optimizer, factor)
@@ -113,22 +124,19 @@ def train(session: Session) -> None:
                 accumulate_gradients(session, micro_step)
                 for micro_step in range(cfg.gradient_accumulation_steps)
             )
-            session.scaler.unscale_(session.optimizer)
-            norm = float(nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+            norm = session.update.step()
+            loss, stopped_by = processes.agree(loss, stop.name)
             _stop_if_diverged(session, loss, norm)
-            session.scaler.step(session.optimizer)
-            session.scaler.update()
-            session.optimizer.zero_grad()
             if session.ema is not None:
                 session.ema.update(session.step)
             session.step += 1
             report.step(session.step, loss, lr)
 
             last = session.step == steps
-            if last or stop.name or _due(session.step, cfg.checkpoint_every):
+            if last or stopped_by or _due(session.step, cfg.checkpoint_every):
                 _save_checkpoint(session)
-            if stop.name:
-                _stop(session, stop.name)
+            if stopped_by:
+                _stop(session, stopped_by)
             if not last and _due(session.step, session.cfg.sample.every):
                 draw_sheet(session, session.run / f"samples/step-{session.step}.png")
             report.pause()
@@ -138,10 +146,12 @@ def train(session: Session) -> None:
 def accumulate_gradients(session: Session, micro_step: int) -> float:
     """One forward and backward pass; returns its share of the step's loss."""
     cfg, family, inputs = session.cfg.train, session.family, session.inputs
-    device = family.components.device
-    generator = common.step_generator(cfg.seed, session.step, micro_step, device)
+    device, processes = family.components.device, session.processes
+    generator = common.step_generator(
+        cfg.seed, session.step, micro_step, device, rank=processes.rank
+    )
     count = session.step * cfg.gradient_accumulation_steps + micro_step
-    batch = inputs.batch(count, cfg.batch_size)
+    batch = inputs.batch(count, cfg.batch_size, processes.part)
     if session.cfg.text_encoder.train:
         conditioning = family.encode_prompts([inputs.prompts[row] for row in batch.prompt_rows])
     else:
@@ -149,16 +159,17 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     conditioning = family.frame(conditioning, batch.framings)
     losses = family.loss(
         family.components.denoiser, batch.latents, conditioning, generator,
-        options=common.loss_options(cfg), mask=batch.mask,
+        options=common.loss_options(cfg, processes.part), mask=batch.mask,
     )  # fmt: skip
     loss = (losses * batch.weights).mean() / cfg.gradient_accumulation_steps
-    session.scaler.scale(loss).backward()
+    last_pass = micro_step == cfg.gradient_accumulation_steps - 1
+    session.update.backward(loss, last=last_pass and cfg.prior != "base_prediction")
     total = loss.item()
     if cfg.prior == "base_prediction":
         losses = _base_prediction_losses(session, batch, generator)
         loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
         # Backward apart from the subject's: half the activations are alive at a time.
-        session.scaler.scale(loss).backward()
+        session.update.backward(loss, last=last_pass)
         total += loss.item()
     return total
 
@@ -181,7 +192,8 @@ def _base_prediction_losses(
         conditioning = family.frame(encoded, batch.framings)
     return family.loss(
         denoiser, batch.latents, conditioning, generator,
-        options=common.loss_options(session.cfg.train), reference=(base, of_base),
+        options=common.loss_options(session.cfg.train, session.processes.part),
+        reference=(base, of_base),
     )  # fmt: skip
 
 
@@ -211,20 +223,38 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
 
 
 def _stop(session: Session, signal_name: str) -> None:
-    command = f"nora-dreambooth --resume {shlex.quote(str(session.run))}"
+    command = _resume_command(session.run, session.processes)
     message = f"stopped by {signal_name} after step {session.step}; continue with: {command}"
     session.report.event("stopped", session.step, message=message)
     raise common.TrainingInterrupted(message)
 
 
-def _check_memory(cfg: DreamboothConfig, found: Sequence[Found], report: Report) -> None:
+def _resume_command(folder: Path, processes: Processes) -> str:
+    command = f"nora-dreambooth --resume {shlex.quote(str(folder))}"
+    if processes.count == 1:
+        return command
+    return f"{command} under accelerate launch, with {processes.count} processes as before"
+
+
+def _how_to_go_on(folder: Path) -> str:
+    newest = newest_path(folder)
+    if newest is None:
+        return "no checkpoint had been saved"
+    return f"the newest checkpoint is {newest}; continue with: {_resume_command(folder, join())}"
+
+
+def _check_memory(
+    cfg: DreamboothConfig, found: Sequence[Found], report: Report, processes: Processes
+) -> None:
     """Say what the run will need before anything is loaded; stop where a GPU has less."""
-    pictures, sizes = count_pictures(cfg, found), [photo.size for photo in all_photos(found)]
-    plan = plan_memory(cfg, pictures, sizes)
+    sizes, shards = [photo.size for photo in all_photos(found)], processes.shards
+    pictures = processes.from_first(lambda: count_pictures(cfg, found))
+    plan = plan_memory(cfg, pictures, sizes, shards)
     report.say("\n".join(plan.lines()))
     device = resolve_device(cfg.model.device)
     if device.type == "cuda":
-        check_memory(cfg, plan, torch.cuda.mem_get_info(device)[0], pictures, sizes)
+        free = torch.cuda.mem_get_info(device)[0]
+        check_memory(cfg, plan, free, pictures, sizes, shards)
 
 
 def _due(step: int, every: int) -> bool:
@@ -232,9 +262,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def _save_checkpoint(session: Session) -> None:
+    of_optimizer, numbers = session.update.state()  # of all processes, with ZeRO
+    if not session.processes.first:
+        return
     tensors = {
         "trained": {name: p.detach() for name, p in session.parameters.items()},
-        "optimizer": common.optimizer_tensors(session.optimizer, session.parameters),
+        "optimizer": of_optimizer,
         "outer": adapters.fitted_factors(session.models),
         "ema": {} if session.ema is None else session.ema.average,
     }
@@ -245,7 +278,8 @@ def _save_checkpoint(session: Session) -> None:
         "base_hash": session.base_hash,
         "scaler": session.scaler.state_dict(),
         "first_losses": session.guard.first,
-        "optimizer": common.optimizer_numbers(session.optimizer, session.parameters),
+        "optimizer": numbers,
+        "processes": session.processes.count,
     }
     keep = session.cfg.train.checkpoints_keep
     used = {stem: named for stem, named in tensors.items() if named}
@@ -264,7 +298,23 @@ def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:
     return json.loads(json.dumps(fixed, default=lambda one: one.model_dump(exclude={"path"})))
 
 
-def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:
+def _usable_checkpoint(
+    cfg: DreamboothConfig, folder: Path, processes: Processes
+) -> Checkpoint | None:
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        _check_settings(cfg, checkpoint, processes)
+    return checkpoint
+
+
+def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint, processes: Processes) -> None:
+    count = checkpoint.state.get("processes", 1)
+    if count != processes.count:
+        raise UserError(
+            f"{checkpoint.path} was trained by {count} process{'es' if count > 1 else ''}, each "
+            f"with a batch of its own, and these are {processes.count}; continue it with "
+            f"{_resume_command(checkpoint.path.parent.parent, Processes(count=count))}"
+        )
     then, now = checkpoint.state["settings"], _fixed_settings(cfg)
     changed = [name for name in now if then.get(name) != now[name]]
     if changed:
@@ -275,8 +325,7 @@ def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
-    folder = Path(cfg.output.dir).expanduser()
+def _open_folder(cfg: DreamboothConfig, folder: Path, resume: bool) -> None:
     if not resume:
         check_free(folder)
     try:
@@ -289,7 +338,6 @@ def _open_folder(cfg: DreamboothConfig, resume: bool) -> Path:
     remove_temporaries(folder)
     if not resume or not (folder / RUN_CONFIG).is_file():
         save_config(cfg, folder)
-    return folder
 
 
 @contextmanager

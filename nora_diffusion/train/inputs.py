@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from nora_diffusion.data.dataset import Dataset, Item, class_items, class_prompt
 from nora_diffusion.data.images import Photo, read_photos, square
 from nora_diffusion.data.masks import latent_weights
 from nora_diffusion.families.base import Conditioning, Family, Framing
+from nora_diffusion.families.objective import rows_of
 from nora_diffusion.sampling import GUIDANCE, STEPS, sample_prompts, save_png
 from nora_diffusion.train.common import weights_digest
 from nora_diffusion.train.photos import (
@@ -113,10 +115,17 @@ class Inputs:
         found = {item.photo.path: item for item in self.dataset.items}
         return [[path.name, item.photo.digest, item.prompt] for path, item in found.items()]
 
-    def batch(self, number: int, size: int) -> Batch:
-        """Batch ``number`` of the run, a function of the number and the seed alone."""
-        indices = self.dataset.batch_of_one_size(number, size)
-        draws = zip(*dropped(self.dataset.seed, number, size), strict=True)
+    def batch(self, number: int, size: int, part: tuple[int, int] = (0, 1)) -> Batch:
+        """Batch ``number`` of the run, a function of the number and the seed alone.
+
+        Args:
+            number: from 0.
+            size: items in it.
+            part: (k, n), the k-th part, from 0, of a batch of n times that size.
+        """
+        own, whole = rows_of(part, size), part[1] * size
+        indices = self.dataset.batch_of_one_size(number, whole)[own]
+        draws = list(zip(*dropped(self.dataset.seed, number, whole), strict=True))[own]
         rows = (self.prompt_rows[index] for index in indices)
         return Batch(
             latents=torch.stack([self.latents[index] for index in indices]),
@@ -127,6 +136,16 @@ class Inputs:
             mask=None if self.masks is None else torch.stack([self.masks[i] for i in indices]),
         )
 
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same with all tensors on a device."""
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device)
+            for name in ("weights", "conditioning", "class_conditioning", "scenes", "negative")
+        }
+        moved["latents"] = _moved(self.latents, device)
+        moved["masks"] = None if self.masks is None else _moved(self.masks, device)
+        return dataclasses.replace(self, **moved)
+
     def _row(self, rows: tuple[int, int, int], draws: tuple[float, float]) -> int:
         if draws[0] < self.dropout[0]:
             return rows[2]
@@ -136,7 +155,7 @@ class Inputs:
 def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inputs:
     """Read the photos, make class images where wanted, and encode pictures and prompts.
 
-    To be called while the base model carries no adapter.
+    To be called while the base model carries no adapter. All tensors are on the CPU.
 
     Raises:
         UserError: when there is no usable photo.
@@ -160,7 +179,6 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     masks = _weigh_places(cfg, items, latents, side)
     prompts, rows = _prompt_table(cfg, items)
     class_prompts = tuple(dict.fromkeys(class_prompt(one.class_name) for one in cfg.data.each()))
-    device = family.components.device
     with family.components.placed(*family.components.text_encoders):
         texts = (prompts, class_prompts, scene_prompts(cfg))
         of_prompts, of_classes, of_scenes = (_encode_prompts(family, part) for part in texts)
@@ -168,9 +186,9 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
     return Inputs(
         dataset=dataset,
         photos=all_photos(found),
-        latents=_together([latent.to(device) for latent in latents]),
-        weights=torch.tensor([item.weight for item in items], device=device),
-        masks=None if masks is None else tuple(mask.to(device) for mask in masks),
+        latents=_together(latents),
+        weights=torch.tensor([item.weight for item in items]),
+        masks=None if masks is None else tuple(masks),
         framings=tuple(framing(item, side) for item in items),
         prompts=prompts,
         prompt_rows=rows,
@@ -183,7 +201,7 @@ def encode_inputs(cfg: DreamboothConfig, family: Family, report: Report) -> Inpu
         squares=tuple(square(photo.open(), min(side, SQUARE_PX)) for photo in all_photos(found)),
         digest=_digest(items, masks),
         dropout=(cfg.data.caption_dropout, cfg.data.trigger_dropout),
-    )
+    ).to("cpu")
 
 
 def _prompt_table(
@@ -229,6 +247,13 @@ def _digest(items: Sequence[Item], masks: Sequence[Tensor] | None) -> str:
     if masks is not None:
         described += [hashlib.sha256(mask.numpy().tobytes()).hexdigest() for mask in masks]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _moved(tensors: Any, device: torch.device | str) -> Any:
+    """One tensor, or a tuple of them, on a device."""
+    if isinstance(tensors, Tensor):
+        return tensors.to(device)
+    return tuple(tensor.to(device) for tensor in tensors)
 
 
 def _together(latents: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ from nora_diffusion.families.base import (
 from nora_diffusion.families.encoding import save_vae_memory
 from nora_diffusion.families.loading import is_staged
 from nora_diffusion.families.skeleton import META, skeleton, tensors_of
+from nora_diffusion.families.speed import repeated_blocks
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
@@ -95,7 +96,9 @@ def _gb(size: int) -> str:
     return f"{size / GIGABYTE:.3f} GB" if abs(size) < GIGABYTE else f"{size / GIGABYTE:.2f} GB"
 
 
-def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] = ()) -> MemoryPlan:
+def plan_memory(
+    cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] = (), shards: int = 1
+) -> MemoryPlan:
     """Predict the memory of a run from its config and the base's config alone.
 
     Args:
@@ -103,6 +106,7 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] 
         pictures: how many pictures are encoded and kept.
         sizes: width and height in px of the photos, for the largest of the buckets they go to;
             none: the square, which no bucket exceeds.
+        shards: processes that the denoiser's weights are split over.
 
     Raises:
         UserError: when the base's configs cannot be had, or a setting does not fit the base.
@@ -129,8 +133,10 @@ def plan_memory(cfg: DreamboothConfig, pictures: int = 1, sizes: Sequence[Size] 
     parts.free_image_encoder()
     if not cfg.text_encoder.train:
         parts.free_text_encoders()
-    weights = sum(part_bytes(cfg, family).values())
-    passing = _passing_weight(cfg, parts.denoiser)
+    remaining = part_bytes(cfg, family)
+    remaining[parts.denoiser_name] //= shards
+    weights = sum(remaining.values())
+    passing = _passing_weight(cfg, parts.denoiser, shards)
     models = adapters.adapted_models(cfg, family)
     _add_adapters(cfg, family, models)
     inner = adapters.trained_parameters(models)
@@ -180,8 +186,15 @@ def part_bytes(cfg: DreamboothConfig, family: Family) -> dict[str, int]:
     return sizes
 
 
-def _passing_weight(cfg: DreamboothConfig, denoiser: nn.Module) -> int:
-    """Bytes of weights that are there only while their layer computes."""
+def _passing_weight(cfg: DreamboothConfig, denoiser: nn.Module, shards: int) -> int:
+    """Bytes of weights that are there only while their layer, or their block, computes."""
+    if shards > 1:
+        blocks = repeated_blocks(denoiser)
+        inside = [bytes_of(block.parameters()) for block in blocks]
+        outside = bytes_of(denoiser.parameters()) - bytes_of(
+            parameter for block in blocks for parameter in block.parameters()
+        )
+        return outside + 2 * max(inside, default=0)  # the next one is gathered meanwhile
     layers = [layer.weight.nbytes for _, layer in quantise.linears(denoiser, "none")]
     if cfg.model.offload == "group":
         return 2 * max(layers)  # the next one is fetched meanwhile
@@ -194,6 +207,7 @@ def check_memory(
     available: int,
     pictures: int = 1,
     sizes: Sequence[Size] = (),
+    shards: int = 1,
 ) -> None:
     """Refuse a run that cannot fit, and say what would make it fit.
 
@@ -203,6 +217,7 @@ def check_memory(
         available: bytes the device has free.
         pictures: as for the plan.
         sizes: as for the plan.
+        shards: as for the plan.
 
     Raises:
         UserError: when the plan's peak is above ``available``; each change named was planned too.
@@ -212,8 +227,8 @@ def check_memory(
     offers = [
         f"{change}: {_gb(other.peak - plan.peak)}"
         + (", which fits" if other.peak <= available else "")
-        for change, changed in _savings(cfg)
-        if (other := plan_memory(changed, pictures, sizes)).peak < plan.peak
+        for change, changed in _savings(cfg, shards)
+        if (other := plan_memory(changed, pictures, sizes, shards)).peak < plan.peak
     ]
     cures = "".join(f"\n  {offer}" for offer in offers) or "\n  no setting here saves any of it"
     raise UserError(
@@ -222,7 +237,7 @@ def check_memory(
     )
 
 
-def _savings(cfg: DreamboothConfig) -> Iterator[tuple[str, DreamboothConfig]]:
+def _savings(cfg: DreamboothConfig, shards: int) -> Iterator[tuple[str, DreamboothConfig]]:
     """Settings that may need less memory than these, and how a user writes them."""
 
     def changed(section: str, **values: Any) -> DreamboothConfig:
@@ -240,7 +255,7 @@ def _savings(cfg: DreamboothConfig) -> Iterator[tuple[str, DreamboothConfig]]:
         yield change, changed("text_encoder", train=False)
     if resolve_dtype(cfg.model.dtype, resolve_device(cfg.model.device)) == torch.float32:
         yield 'model.dtype = "bf16"', changed("model", dtype="bf16")
-    if cfg.model.quantize == "none" and cfg.model.offload == "none":
+    if cfg.model.quantize == "none" and cfg.model.offload == "none" and shards == 1:
         for mode in ("int8", "nf4"):
             yield f'model.quantize = "{mode}"', changed("model", quantize=mode)
         if not cfg.model.compile:

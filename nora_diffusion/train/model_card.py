@@ -122,6 +122,8 @@ def _table(session: Session) -> str:
     cfg, train, base = session.cfg, session.cfg.train, session.family.components.base
     version = {"base_hash": session.base_hash, **built_in_version(base)}
     name = version.get("base_version", base)
+    count = session.processes.count
+    processes = f" × {count} processes" if count > 1 else ""
     rows = {
         "base": f"`{name}` (SHA-256 {version['base_hash'][:16]}…)",
         "outer rank, inner rank": f"{cfg.adapter.r}, {cfg.adapter.inner_r}",
@@ -129,7 +131,7 @@ def _table(session: Session) -> str:
         "modules": f"{len(session.parameters) // 2}",
         "trained parameters": f"{sum(p.numel() for p in session.parameters.values()):,}",
         "steps": f"{session.step}",
-        "batch": f"{train.batch_size} × {train.gradient_accumulation_steps}",
+        "batch": f"{train.batch_size} × {train.gradient_accumulation_steps}{processes}",
         "learning rate": f"{train.learning_rate:g}, {train.lr_schedule}",
         "prior": train.prior,
         "seed": f"{train.seed}",

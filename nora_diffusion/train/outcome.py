@@ -37,26 +37,25 @@ BEFORE_AFTER = "before_after.png"
 
 def draw_sheet(session: Session, path: Path) -> None:
     """Write a validation sheet of ``sample.prompts`` and announce it."""
-    _write_sheet(session, _draw(session), path)
+    if not session.draws:
+        return
+    rows = _draw(session)
+    if session.processes.first:
+        _write_sheet(session, rows, path)
 
 
 def write_outcome(session: Session) -> None:
     """Write everything a finished run folder holds; doing it again replaces it."""
     cfg, run = session.cfg, session.run
-    with _averaged(session):
-        save_adapter(
-            session.family.components.pipeline,
-            run / ADAPTER_FILE,
-            adapters.NAME,
-            portable=_portable(session),
-            dtype=None if cfg.output.dtype is None else DTYPES[cfg.output.dtype],
-            metadata=describe(session),
-        )
-    if cfg.output.lora:
-        _write_lora(session)
+    if session.processes.first:
+        _write_adapter(session)
+    if not session.draws:
+        return
     session.report.say(f"drawing the samples in {run / 'samples'}")
     after = _draw(session)
     before = _draw(session, adapted=False)
+    if not session.processes.first:
+        return
     _write_samples(session, after)
     _write_sheet(session, after, run / SHEET)
     compared = before_after_sheet(session.inputs.squares, scene_prompts(cfg), before, after)
@@ -65,11 +64,24 @@ def write_outcome(session: Session) -> None:
     write_atomically(run / CARD_FILE, model_card(session).encode())
 
 
-def _write_lora(session: Session) -> None:
-    run, pipe = session.run, session.family.components.pipeline
-    export_lora(run / ADAPTER_FILE, run / LORA_FILE, base=pipe)
-    if not hasattr(pipe, "load_lora_weights"):  # of PixArt: PEFT itself loads what it wrote
-        export_lora(run / ADAPTER_FILE, run / PEFT_FOLDER, layout="peft", base=pipe)
+def _write_adapter(session: Session) -> None:
+    cfg, run, parts = session.cfg, session.run, session.family.components
+    with _averaged(session):
+        save_adapter(
+            parts.pipeline,
+            run / ADAPTER_FILE,
+            adapters.NAME,
+            portable=_portable(session),
+            dtype=None if cfg.output.dtype is None else DTYPES[cfg.output.dtype],
+            metadata=describe(session),
+        )
+    if not cfg.output.lora:
+        return
+    # The export needs every weight of the base, of which FSDP has left a part here.
+    base = parts.base if session.processes.shards > 1 else parts.pipeline
+    export_lora(run / ADAPTER_FILE, run / LORA_FILE, base=base)
+    if not hasattr(parts.pipeline, "load_lora_weights"):  # PixArt: PEFT itself loads what it wrote
+        export_lora(run / ADAPTER_FILE, run / PEFT_FOLDER, layout="peft", base=base)
 
 
 def describe(session: Session) -> dict[str, Any]:
@@ -77,6 +89,8 @@ def describe(session: Session) -> dict[str, Any]:
     cfg, parts = session.cfg, session.family.components
     first, *others = distinct_subjects(cfg)
     named = [{"trigger": one.trigger, "class_name": one.class_name} for one in (first, *others)]
+    of_process = cfg.train.batch_size * cfg.train.gradient_accumulation_steps
+    pictures = of_process * session.processes.count
     return {
         "base": parts.base,
         "base_hash": session.base_hash,
@@ -88,7 +102,7 @@ def describe(session: Session) -> dict[str, Any]:
         "steps": session.step,
         "training": {
             "photos": len(session.inputs.photos),
-            "batch_size": cfg.train.batch_size * cfg.train.gradient_accumulation_steps,
+            "batch_size": pictures,
             "learning_rate": cfg.train.learning_rate,
             "prior": cfg.train.prior,
             "seed": cfg.train.seed,

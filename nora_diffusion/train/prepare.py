@@ -18,11 +18,16 @@ from nora_diffusion.settings import quote
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import Inputs, encode_inputs
+from nora_diffusion.train.launcher import deepspeed_settings, fsdp_settings
 from nora_diffusion.train.optimizers import check_optimizer, make_optimizer
+from nora_diffusion.train.processes import ALONE, Processes
 from nora_diffusion.train.publish import check_upload
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
+from nora_diffusion.train.sharding import shard_denoiser
 from nora_diffusion.train.trackers import check_trackers
+from nora_diffusion.train.update import Update
+from nora_diffusion.train.zero import ZeroUpdate
 
 
 def check_extras(cfg: DreamboothConfig) -> None:
@@ -37,7 +42,11 @@ def check_extras(cfg: DreamboothConfig) -> None:
 
 
 def prepare(
-    cfg: DreamboothConfig, folder: Path, report: Report, checkpoint: Checkpoint | None = None
+    cfg: DreamboothConfig,
+    folder: Path,
+    report: Report,
+    checkpoint: Checkpoint | None = None,
+    processes: Processes = ALONE,
 ) -> Session:
     """Load the base, encode pictures and prompts, add the adapter, make the optimiser.
 
@@ -49,10 +58,13 @@ def prepare(
     parts = family.components
     speed.use_attention(parts.denoiser, cfg.model.attention, report.say)
     base_hash = common.weights_digest(parts.denoiser)
-    inputs = encode_inputs(cfg, family, report)
+    processes.check_same(f'model.base = "{cfg.model.base}"', base_hash)
+    inputs = processes.from_first(lambda: encode_inputs(cfg, family, report)).to(device)
     parts.free_image_encoder()
     if not cfg.text_encoder.train:
         parts.free_text_encoders()
+    # Of what is to be split no device need hold the whole.
+    parts.offloaded = parts.offloaded or processes.shards > 1
     parts.place_rest()
 
     fitted = checkpoint.tensors.get("outer") if checkpoint else None
@@ -64,6 +76,9 @@ def prepare(
         adapters.checkpoint_gradients(models)
     if cfg.model.compile:
         speed.compile_blocks(parts.denoiser)
+    processes.copy_from_first(adapters.adapter_tensors(models))
+    if processes.strategy == "fsdp":
+        shard_denoiser(parts.denoiser, fsdp_settings(cfg), device)
     parameters = adapters.trained_parameters(models)
     of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
     of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
@@ -74,14 +89,20 @@ def prepare(
         f"{parts.base} ({family.summary}, {str(dtype).removeprefix('torch.')} on {device}): "
         f"{len(inputs.photos)} photos, {len(parameters) // 2} modules, "
         f"{sum(p.numel() for p in parameters.values()):,} trained parameters"
+        + (f", {processes}" if processes.count > 1 else "")
+    )
+    optimizer = make_optimizer(cfg.train, groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    update = (
+        ZeroUpdate(parameters, optimizer, deepspeed_settings(cfg))
+        if processes.strategy == "zero2"
+        else Update(parameters, optimizer, scaler, processes, cfg.train.max_grad_norm)
     )
     session = Session(
         cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
-        models=models, parameters=parameters,
-        optimizer=make_optimizer(cfg.train, groups),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        models=models, parameters=parameters, optimizer=optimizer, scaler=scaler, update=update,
         ema=None if decay is None else common.MovingAverage(parameters, decay),
-        guard=common.DivergenceGuard(),
+        guard=common.DivergenceGuard(), processes=processes,
     )  # fmt: skip
     if checkpoint is not None:
         _restore(session, checkpoint)
@@ -176,12 +197,7 @@ def _restore(session: Session, checkpoint: Checkpoint) -> None:
                 + (_photo_changes(state["photos"], session.inputs) if given == "data" else "")
             )
     common.copy_into(session.parameters, checkpoint.tensors["trained"])
-    common.load_optimizer_tensors(
-        session.optimizer,
-        session.parameters,
-        checkpoint.tensors["optimizer"],
-        state.get("optimizer"),
-    )
+    session.update.restore(checkpoint.tensors["optimizer"], state.get("optimizer"))
     if session.ema is not None:
         average = checkpoint.tensors["ema"]
         for name, tensor in session.ema.average.items():

@@ -23,13 +23,27 @@ class Report:
     """
 
     def __init__(
-        self, run: Path, *, total_steps: int, log_every: int, trackers: Sequence[Any] = ()
+        self,
+        run: Path,
+        *,
+        total_steps: int,
+        log_every: int,
+        trackers: Sequence[Any] = (),
+        silent: bool = False,
     ) -> None:
-        """Open the run's event log; ``trackers`` are ``accelerate.tracking.GeneralTracker``."""
+        """Open the run's event log.
+
+        Args:
+            run: the run folder.
+            total_steps: of the run.
+            log_every: steps between two events that tell the loss.
+            trackers: each an ``accelerate.tracking.GeneralTracker``.
+            silent: tell nothing, as in all processes of a run but the first.
+        """
         self.run = run
         self.total_steps = total_steps
         self.log_every = log_every
-        self._events = EventLog(run / EVENTS)
+        self._events = None if silent else EventLog(run / EVENTS)
         self._trackers = trackers
         self._bar: tqdm[Any] | None = None
         self._losses: list[float] = []
@@ -51,17 +65,20 @@ class Report:
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
-        tqdm.write(message)
+        if self._events is not None:
+            tqdm.write(message)
 
     def event(self, event: EventName, step: int | None = None, **fields: Any) -> None:
         """Write one event; see ``events.EventLog.write``."""
-        self._events.write(event, step, **fields)
+        if self._events is not None:
+            self._events.write(event, step, **fields)
 
     def start_loop(self, step: int) -> None:
         """Show the bar, and measure time from here on."""
         self._bar = tqdm(
-            total=self.total_steps, initial=step, desc="training", unit="step", dynamic_ncols=True
-        )
+            total=self.total_steps, initial=step, desc="training", unit="step",
+            dynamic_ncols=True, disable=self._events is None,
+        )  # fmt: skip
         self._lap = time.monotonic()
 
     def end_loop(self) -> None:

@@ -29,10 +29,10 @@ def auto_steps(photos: int, pictures_a_step: int) -> int:
     return min(MOST, max(FEWEST, steps))
 
 
-def resolve_steps(cfg: DreamboothConfig) -> tuple[DreamboothConfig, str | None]:
+def resolve_steps(cfg: DreamboothConfig, processes: int = 1) -> tuple[DreamboothConfig, str | None]:
     """The settings with a number for ``train.steps``, and a line that says where it is from.
 
-    The line is None where a number was given.
+    The line is None where a number was given. Each of the ``processes`` takes a batch of its own.
 
     Raises:
         UserError: when the photos cannot be counted.
@@ -41,7 +41,7 @@ def resolve_steps(cfg: DreamboothConfig) -> tuple[DreamboothConfig, str | None]:
     if train.steps != "auto":
         return cfg, None
     photos = len(all_photos(read_subjects(cfg)))
-    pictures = train.batch_size * train.gradient_accumulation_steps
+    pictures = train.batch_size * train.gradient_accumulation_steps * processes
     steps = auto_steps(photos, pictures)
     told = (
         f"train.steps = auto: {steps} steps, for {photos} photo{'s' if photos > 1 else ''} and "

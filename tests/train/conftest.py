@@ -40,21 +40,28 @@ def subject(tmp_path_factory) -> Path:
 def make_config(base, subject, tmp_path, monkeypatch) -> MakeConfig:
     """Builds a config; sections are given as keyword arguments, values over these defaults."""
     monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "cache"))
-    defaults: dict[str, dict[str, Any]] = {
+    values = defaults(base, subject, tmp_path)
+    return lambda **sections: made_config(values, sections)
+
+
+def defaults(base: Path, subject: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings for quick runs in a folder."""
+    return {
         "model": {"base": str(base), "device": "cpu"},
         "adapter": {"r": 8, "inner_r": 2},
         "text_encoder": {"r": 8, "inner_r": 2},
         "data": {"subject": str(subject), "class_name": "toy"},
         "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 0, "lr_warmup_steps": 2},
         "sample": {"prompts": ["a {trigger} {class_name}"], "n": 1, "steps": 1},
-        "output": {"dir": str(tmp_path / "run")},
+        "output": {"dir": str(folder / "run")},
     }
 
-    def make(**sections: dict[str, Any]) -> DreamboothConfig:
-        values = {name: {**default, **sections.get(name, {})} for name, default in defaults.items()}
-        return DreamboothConfig.model_validate(values)
 
-    return make
+def made_config(
+    defaults: dict[str, dict[str, Any]], sections: dict[str, dict[str, Any]]
+) -> DreamboothConfig:
+    values = {name: {**default, **sections.get(name, {})} for name, default in defaults.items()}
+    return DreamboothConfig.model_validate(values)
 
 
 class Calls:
