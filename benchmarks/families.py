@@ -216,13 +216,12 @@ def real_shapes(case: Case) -> dict[str, Any]:
     return found
 
 
-def measure(
-    case: Case, device: torch.device, side: int, rounds: int, compiled: bool
-) -> dict[str, Any]:
-    """All variants of one case, run."""
+def measure(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """All variants of one case, run: on a CPU in float32 at small latents."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    bench = Bench(case, device, dtype, side, case.quantize if on_gpu else "none")
+    side, quantize = (case.latent_side, case.quantize) if on_gpu else (options.cpu_latents, "none")
+    bench = Bench(case, device, dtype, side, quantize)
     found = head(bench)
     for name, row in found["variants"].items():
         bench.add(name)
@@ -234,8 +233,8 @@ def measure(
         bench.remove()
     over_limit(found["variants"])
     for label, batch, fast in (("eager_batch_1", 1, False), ("compiled_batch_4", 4, True)):
-        if not fast or compiled:
-            times = time_variants(bench, batch, rounds, fast)
+        if not (fast and options.no_compile):
+            times = time_variants(bench, batch, options.rounds, fast)
             for name, run in times.items():
                 found["variants"][name][label] = summary(run, times)
     return found
@@ -338,11 +337,22 @@ def main() -> None:
         note = f"No GPU: times are CPU seconds in float32, at small latents. {note}"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["NORA_CACHE_DIR"] = cache
-        for name in options.cases or CASES:
-            results[name] = run_case(name, device, options)
-            print(name, json.dumps(results[name], indent=1), flush=True)
-            aims = [aim for case, result in results.items() for aim in judge(case, result)]
-            # After every case: what was measured is kept if a later one fails.
+        cases = options.cases or tuple(CASES)
+        jobs = [("measured", name) for name in cases if on_gpu or name in CPU_CASES]
+        if not on_gpu:
+            jobs = [("real_shapes", name) for name in cases] + jobs
+        for kind, name in jobs:
+            result = results.setdefault(name, {})
+            try:
+                if kind == "real_shapes":
+                    result[kind] = real_shapes(CASES[name])
+                else:
+                    result[kind] = measure(CASES[name], device, options)
+            except torch.cuda.OutOfMemoryError as error:
+                result["out_of_memory"] = str(error).splitlines()[0]
+            print(name, json.dumps(result, indent=1), flush=True)
+            aims = [aim for case, found in results.items() for aim in judge(case, found)]
+            # After every part: what was measured is kept if a later one fails.
             path = write_result(
                 "families" if on_gpu else "families-cpu", {**results, "aims": aims}, note.strip()
             )
@@ -351,20 +361,6 @@ def main() -> None:
         if aim["met"] is False:
             print("MISSED", aim["case"], aim["aim"], aim["measured"], "aim", aim["at_most"])
     print(path)
-
-
-def run_case(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """What the device can tell of one case."""
-    case, on_gpu = CASES[name], device.type == "cuda"
-    found: dict[str, Any] = {} if on_gpu else {"real_shapes": real_shapes(case)}
-    if on_gpu or name in CPU_CASES:
-        side = case.latent_side if on_gpu else options.cpu_latents
-        compiled = not options.no_compile
-        try:
-            found["measured"] = measure(case, device, side, options.rounds, compiled)
-        except torch.cuda.OutOfMemoryError as error:
-            found["out_of_memory"] = str(error).splitlines()[0]
-    return found
 
 
 if __name__ == "__main__":
