@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NO_KERNEL = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view")
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
 
 
@@ -45,20 +47,34 @@ def write_result(name: str, results: dict[str, Any], note: str = "") -> Path:
 
 def bytes_saved(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes of distinct storages that autograd keeps in a forward pass, the model's own aside."""
-    resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    # Not by address: on the meta device all are 0.
+    resident = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # no storage may be freed and its address used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in resident:
+            sizes[storage._cdata] = storage.nbytes()
         kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(sizes.values())
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something: on a GPU each launches a kernel or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name in NO_KERNEL)
+        return func(*args, **(kwargs or {}))
 
 
 def commit() -> str:

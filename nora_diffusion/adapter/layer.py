@@ -31,16 +31,20 @@ class NoraLayer(NoraState):
             progress: ``t / T (B,)`` in [0, 1]; used only if the adapter has `timestep_rank`.
         """
         P, Q = self.nora_inner_B[adapter_name], self.nora_inner_A[adapter_name]
-        law = timestep_law(self.nora_config[adapter_name])
-        active = 1.0 if law is None or progress is None else _active(P, progress, *law)
+        law = None if progress is None else timestep_law(self.nora_config[adapter_name])
+        active = None if law is None or progress is None else _active(P, progress, *law)
+
+        def masked(left: Tensor) -> Tensor:
+            return left if active is None else left * active
+
         if adapter_name not in self.nora_initial_A:
-            core = (P * active if isinstance(active, Tensor) else P) @ Q
+            core = masked(P) @ Q
         else:
             # P Q - P0 Q0 without the cancellation: exactly zero at the start in every precision.
             initial_P, initial_Q = self.initial_pair(adapter_name)
-            moved = P - initial_P
-            core = (moved * active) @ Q + (initial_P * active) @ (Q - initial_Q)
-        return core * self.scaling[adapter_name]
+            core = masked(P - initial_P) @ Q + masked(initial_P) @ (Q - initial_Q)
+        scaling = self.scaling[adapter_name]
+        return core if scaling == 1 else core * scaling
 
     def _updates(self) -> list[tuple[OuterFactors, float, Tensor]]:
         """Collect ``(outer pair, dropout, core)``; adapters on one pair sum their small cores."""
@@ -48,10 +52,12 @@ class NoraLayer(NoraState):
         for name in self._present(self.active_adapters):
             if self.scaling[name] == 0:
                 continue
-            self.derive_factors(name)
+            outer = self.outer(name)
+            if not outer.derived:
+                self.derive_factors(name)
             if self._progress is None and self.nora_config[name].timestep_rank is not None:
                 _warn_about_missing_progress(name)
-            outer, core = self.outer(name), self.core(name, self._progress)
+            core = self.core(name, self._progress)
             dropout = self.nora_config[name].dropout if self.training else 0.0
             for index, (other, p, summed) in enumerate(updates):
                 if other is outer and p == dropout:
@@ -79,9 +85,8 @@ class NoraLayer(NoraState):
             hidden = self._project_in(x, outer.outer_A.to(x.dtype))
             if dropout > 0:
                 hidden = F.dropout(hidden, dropout)
-            hidden = self._mix(hidden, core.to(hidden.dtype))
-            update = self._project_out(hidden, outer.outer_B.to(hidden.dtype))
-            result = result + update.to(result.dtype)
+            hidden = self._mix(hidden, core.to(hidden.dtype), x.shape[0])
+            result = self._add_to(result, hidden, outer.outer_B.to(hidden.dtype))
         return result
 
     @abstractmethod
@@ -89,12 +94,12 @@ class NoraLayer(NoraState):
         """Map an input to the ``r`` hidden features."""
 
     @abstractmethod
-    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+    def _mix(self, hidden: Tensor, core: Tensor, samples: int) -> Tensor:
         """Apply the core ``(r, r)``, or one ``(B, r, r)`` of its own to every sample."""
 
     @abstractmethod
-    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
-        """Map the hidden features to the layer's output."""
+    def _add_to(self, result: Tensor, hidden: Tensor, U: Tensor) -> Tensor:
+        """Map the hidden features to the layer's output, and add them to what is there."""
 
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
@@ -238,17 +243,22 @@ class Linear(NoraLayer):
         """See `NoraLayer.input_rows`."""
         return x.reshape(-1, x.shape[-1])
 
+    # Products of rows (N, r), not F.linear: of an input of three dimensions that takes and gives
+    # views at every product and again in backward, and a small step on a GPU waits for the CPU.
+
     def _project_in(self, x: Tensor, V: Tensor) -> Tensor:
-        return F.linear(x, V)
+        return self.input_rows(x).mm(V.t())
 
-    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+    def _mix(self, hidden: Tensor, core: Tensor, samples: int) -> Tensor:
         if core.ndim == 2:
-            return F.linear(hidden, core)
-        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-        return torch.bmm(rows, _a_core_each(core, rows).mT).reshape(hidden.shape)
+            return hidden.mm(core.t())
+        rows = hidden.reshape(samples, -1, hidden.shape[-1])
+        return torch.bmm(rows, _a_core_each(core, rows).mT).flatten(0, 1)
 
-    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
-        return F.linear(hidden, U)
+    def _add_to(self, result: Tensor, hidden: Tensor, U: Tensor) -> Tensor:
+        if hidden.dtype != result.dtype:  # a quantised base under autocast
+            return result + hidden.mm(U.t()).reshape(result.shape).to(result.dtype)
+        return torch.addmm(self.input_rows(result), hidden, U.t()).reshape(result.shape)
 
 
 class Conv2d(NoraLayer):
@@ -287,14 +297,14 @@ class Conv2d(NoraLayer):
         # The base layer's own method, for its stride, dilation and every padding mode.
         return conv._conv_forward(x, V.reshape(-1, *conv.weight.shape[1:]), None)
 
-    def _mix(self, hidden: Tensor, core: Tensor) -> Tensor:
+    def _mix(self, hidden: Tensor, core: Tensor, samples: int) -> Tensor:
         if core.ndim == 2:
             return F.conv2d(hidden, core[:, :, None, None])
         pixels = hidden.flatten(2)
         return torch.bmm(_a_core_each(core, pixels), pixels).reshape(hidden.shape)
 
-    def _project_out(self, hidden: Tensor, U: Tensor) -> Tensor:
-        return F.conv2d(hidden, U[:, :, None, None])
+    def _add_to(self, result: Tensor, hidden: Tensor, U: Tensor) -> Tensor:
+        return result + F.conv2d(hidden, U[:, :, None, None]).to(result.dtype)
 
 
 def _warn_about_missing_progress(adapter_name: str) -> None:

@@ -253,6 +253,28 @@ def test_autocast_keeps_the_identity_and_small_updates(kind, init):
     assert (layer.from_matrix(U @ core @ V) - delta).norm() < 0.02 * delta.norm()
 
 
+class WholeLinear(nn.Linear):
+    """A base that answers in float32 under autocast, as quantised layers do."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+def test_autocast_does_not_round_a_base_that_answers_in_float32():
+    torch.manual_seed(0)
+    base, x = WholeLinear(24, 16).requires_grad_(False), input_for("linear")
+    layer = adapted(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), base(x))
+    perturb(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.float32
+    update = output - base(x)
+    assert (update - (layer(x) - base(x))).norm() < 0.02 * update.norm()
+
+
 def law(k, k_min, alpha, progress):
     return int((1 - progress) ** alpha * (k - k_min) + 1e-4) + k_min
 
