@@ -54,7 +54,9 @@ MAY_IMPORT = {
         "campaign",
     },
     "cli": BASE | {"commands", "data", "train"},
-    "webui": BASE | {"families", "webui"},
+    "webui.worker": BASE
+    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "webui.protocol"},
+    "webui": BASE | {"families", "data.images", "data.survey", "data.quality", "webui"},
 }
 """Module or package (the longest name that fits) to the modules and packages it may import."""
 

@@ -1,0 +1,36 @@
+"""The page: four tabs over one ``Studio``, and the endpoints beside them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr
+
+from webui import api
+from webui.studio import Studio
+from webui.tabs import adapters, create, subject, train
+from webui.theme import HEADER
+
+TABS = {"Subject": subject, "Train": train, "Create": create, "Adapters": adapters}
+
+
+def build_app(studio: Studio) -> gr.Blocks:
+    """The Gradio app; ``serve.serve`` shows it under ``theme.THEME`` and ``theme.CSS``."""
+    with gr.Blocks(title="NoRA Diffusion", analytics_enabled=False, fill_width=False) as app:
+        gr.HTML(HEADER)
+        with gr.Tabs(elem_id="tabs"):
+            for name, module in TABS.items():
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}") as tab:
+                    refresh = module.build(studio)
+                for event in (tab.select, app.load):
+                    event(
+                        refresh.function,
+                        None,
+                        list(refresh.outputs),
+                        api_visibility="private",
+                        show_progress="hidden",
+                    )
+        api.add_endpoints(studio)
+    return app

@@ -1,0 +1,47 @@
+"""Everything the tabs and the API work with, made once for each server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from webui.database import open_database
+from webui.jobs import Jobs
+from webui.library import Library
+from webui.paths import DataFolder
+from webui.pictures import Pictures
+from webui.sampler import Sampler
+from webui.subjects import Subjects
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The services over one data folder; they know nothing of pages."""
+
+    folder: DataFolder
+    subjects: Subjects
+    jobs: Jobs
+    sampler: Sampler
+    library: Library
+    pictures: Pictures
+
+    @classmethod
+    def open(cls, folder: DataFolder) -> Studio:
+        """Open the database and everything on it; nothing runs until ``start``."""
+        sessions = open_database(folder.database)
+        return cls(
+            folder=folder,
+            subjects=Subjects(folder, sessions),
+            jobs=Jobs(folder, sessions),
+            sampler=Sampler(folder),
+            library=Library(folder, sessions),
+            pictures=Pictures(folder, sessions),
+        )
+
+    def start(self) -> None:
+        """Begin to work on the queue."""
+        self.jobs.start()
+
+    def close(self) -> None:
+        """Stop what runs, saving it."""
+        self.jobs.close()
+        self.sampler.close()
