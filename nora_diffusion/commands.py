@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 import shlex
-import subprocess
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -157,10 +157,8 @@ def _choices(name: str) -> tuple[str, ...]:
 
 
 def _webui(argv: Sequence[str]) -> int:
-    try:
-        return subprocess.call([sys.executable, "-m", "webui", *argv])
-    except KeyboardInterrupt:  # has reached the app as well, which has ended in order
-        return 130
+    # In place of this process, so that a signal to the command is one to the app.
+    os.execv(sys.executable, [sys.executable, "-m", "webui", *argv])
 
 
 def _sample(args: argparse.Namespace) -> int:
