@@ -18,7 +18,12 @@ TABS = {"Subject": subject, "Train": train, "Create": create, "Adapters": adapte
 
 def build_app(studio: Studio) -> gr.Blocks:
     """The Gradio app; ``serve.serve`` shows it under ``theme.THEME`` and ``theme.CSS``."""
-    with gr.Blocks(title="NoRA Diffusion", analytics_enabled=False, fill_width=False) as app:
+    with gr.Blocks(
+        title="NoRA Diffusion",
+        analytics_enabled=False,
+        fill_width=False,
+        delete_cache=(3600, 86400),  # seconds: every hour what is older than a day, and at the end
+    ) as app:
         gr.HTML(HEADER)
         with gr.Tabs(elem_id="tabs"):
             for name, module in TABS.items():
