@@ -24,7 +24,10 @@ def _id() -> Mapped[str]:
 
 
 class Subject(Base):
-    """Somebody's dog, mug or toy; its photos lie in ``subjects/ID/photos``."""
+    """Somebody's dog, mug or toy; its photos lie in ``subjects/ID/photos``.
+
+    A ``draft`` is one that somebody has begun with and not yet saved: each has one at most.
+    """
 
     __tablename__ = "subjects"
 
@@ -33,6 +36,7 @@ class Subject(Base):
     name: Mapped[str]
     class_name: Mapped[str]
     trigger: Mapped[str]
+    draft: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[float] = mapped_column(default=time.time)
     deleted_at: Mapped[float | None] = mapped_column(default=None)
     photos: Mapped[list[Photo]] = relationship(
@@ -41,7 +45,10 @@ class Subject(Base):
 
 
 class Photo(Base):
-    """One photo of a subject; ``file_name`` is ours, ``shown_name`` the one it came with."""
+    """One photo of a subject; ``file_name`` is ours, ``shown_name`` the one it came with.
+
+    The rest is as of ``data.images.Photo``; ``look`` is in hex, for SQLite has no unsigned numbers.
+    """
 
     __tablename__ = "photos"
 
@@ -51,6 +58,10 @@ class Photo(Base):
     file_name: Mapped[str]
     shown_name: Mapped[str]
     digest: Mapped[str]
+    width: Mapped[int]
+    height: Mapped[int]
+    look: Mapped[str | None]
+    sharpness: Mapped[float | None]
     caption: Mapped[str] = mapped_column(default="")
     subject: Mapped[Subject] = relationship(back_populates="photos")
 
