@@ -85,17 +85,34 @@ def read_events(path: str | Path) -> list[Event]:
     Raises:
         ValueError: when another line is not JSON, naming it.
     """
+    return read_new_events(path, 0)[0]
+
+
+def read_new_events(path: str | Path, start: int) -> tuple[list[Event], int]:
+    """The events after byte ``start``, and where the next ones will begin.
+
+    Args:
+        path: of the log; it may not exist yet.
+        start: 0, or what an earlier call returned.
+
+    Raises:
+        ValueError: when a line is not JSON, naming it.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read()
     except FileNotFoundError:
-        return []
+        return [], start
+    whole = data.rfind(b"\n") + 1  # after the last newline: a torn line
     events: list[Event] = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: a torn line
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
             events.append(cast(Event, json.loads(line)))
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not an event: {line[:80]!r}") from None
-    return events
+            where = f"line {number}" + (f" after byte {start}" if start else "")
+            raise ValueError(f"{path}, {where}: not an event: {line[:80]!r}") from None
+    return events, start + whole
 
 
 def _finite(value: float | None) -> float | None:

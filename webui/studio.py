@@ -28,12 +28,14 @@ class Studio:
     def open(cls, folder: DataFolder) -> Studio:
         """Open the database and everything on it; nothing runs until ``start``."""
         sessions = open_database(folder.database)
+        sampler = Sampler(folder)
+        library = Library(folder, sessions)
         return cls(
             folder=folder,
             subjects=Subjects(folder, sessions),
-            jobs=Jobs(folder, sessions),
-            sampler=Sampler(folder),
-            library=Library(folder, sessions),
+            jobs=Jobs(folder, sessions, before_start=sampler.release, on_done=library.adopt),
+            sampler=sampler,
+            library=library,
             pictures=Pictures(folder, sessions),
         )
 
