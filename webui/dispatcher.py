@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import psutil
-from filelock import FileLock, Timeout
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from nora_diffusion.config import UserError
 from webui import runner
 from webui.database import Sessions
 from webui.models import Job
@@ -52,7 +50,6 @@ class Dispatcher:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._only = FileLock(folder.root / ".jobs.lock", timeout=0, thread_local=False)
 
     def wake(self) -> None:
         """Look at the queue now."""
@@ -62,17 +59,7 @@ class Dispatcher:
         """Mark what a server left running as interrupted, and begin to work on the queue.
 
         A run that outlived its server is told to stop first, and the queue waits for it.
-
-        Raises:
-            UserError: when another server works on the same data folder.
         """
-        try:
-            self._only.acquire()
-        except Timeout:
-            raise UserError(
-                f"--data-dir {self.folder.root}: another server works there; end it, or give "
-                "another --data-dir"
-            ) from None
         with self.sessions() as session:
             left = session.scalars(select(Job).where(Job.state.in_(("running", "stopping")))).all()
             orphans = [(job.id, runner.find_process(job.pid, job.pid_started)) for job in left]
@@ -94,7 +81,6 @@ class Dispatcher:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._only.release()
 
     def _set(self, id: str, **values: Any) -> None:
         with self.lock, self.sessions.begin() as session:

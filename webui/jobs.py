@@ -88,10 +88,8 @@ class Jobs:
     def start(self) -> None:
         """Mark what a server left running as interrupted, and begin to work on the queue.
 
-        A run that outlived its server is told to stop first, and the queue waits for it.
-
-        Raises:
-            UserError: when another server works on the same data folder.
+        A run that outlived its server is told to stop first, and the queue waits for it. That no
+        other server works on the same data folder is ``serve``'s to see to.
         """
         self._dispatcher.start()
 
