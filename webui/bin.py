@@ -16,8 +16,6 @@ from webui.paths import DataFolder
 
 DAY_S = 86_400
 DAYS_IN_BIN = 30
-DAYS_IN_UPLOADS = 2
-"""How long what a browser has sent or was shown stays in ``uploads``; pages ask for it anew."""
 
 
 def days_left(deleted_at: float, now: float | None = None) -> int:
@@ -42,14 +40,6 @@ def remove_copies(folder: DataFolder, files: Iterable[Path]) -> None:
     for path in folder.part("uploads").rglob("*"):
         digests = wanted.get(path.stat().st_size) if path.is_file() else None
         if digests and _digest(path) in digests:
-            path.unlink(missing_ok=True)
-
-
-def sweep_uploads(folder: DataFolder, now: float | None = None) -> None:
-    """Remove what has been in ``uploads`` for longer than ``DAYS_IN_UPLOADS``."""
-    oldest = (time.time() if now is None else now) - DAYS_IN_UPLOADS * DAY_S
-    for path in folder.part("uploads").rglob("*"):
-        if path.is_file() and path.stat().st_mtime < oldest:
             path.unlink(missing_ok=True)
 
 

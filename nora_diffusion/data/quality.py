@@ -10,7 +10,7 @@ BLURRED = 20.0
 """Sharpness below which a photo is called blurred.
 
 Of 107 photos of the DreamBooth data set (512 px) none is below 208. Blurred with a Gaussian
-of 0.4, 0.6 and 0.8 % of the longer side (2, 3 and 4 px), 3, 67 and all 107 are below 20. Of the five
+of 0.4, 0.6 and 0.8 % of the longer side (2, 3 and 4 px), 3, 67 and all 107 are below 20. Of the 5
 photos of the sample subject (256 px; an emoji is the harder case, for it is smooth) none is below
 54; blurred so, 3, 5 and 5 are below 20, which ``tests/data/test_quality.py`` repeats.
 """
