@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections import OrderedDict
@@ -39,8 +40,7 @@ _GET = re.compile(
 _POST = re.compile(
     rf"/login/?|{API}/(?:queue/join|cancel|reset/?|upload|(?:run|api|call|call/v2)/[^/]+/?)"
 )
-_CACHED = re.compile(r"[0-9a-f]{64}/[^/\\\x00]+")
-_ADDRESS = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C: is a drive
+_CACHED = re.compile(r"[0-9a-f]{64}/(?!\.\.?$)[^/\\\x00]+")
 _HEARTBEAT = re.compile(rf"{API}/heartbeat/([^/]+)")
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -99,7 +99,8 @@ class Gate:
         if allowed is None or not allowed.fullmatch(path):
             raise Refused(404, "Not found.")
         if path.startswith(f"{API}/file="):
-            self._check_file(path.removeprefix(f"{API}/file="))
+            if not self._is_cached(path.removeprefix(f"{API}/file=")):
+                raise Refused(404, "Not found.")
         sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])
         if found := _HEARTBEAT.fullmatch(path):
             sessions.append(found[1])
@@ -108,7 +109,7 @@ class Gate:
         elif method == "POST":
             body = await _read(_limited(receive, headers, BODY_LIMIT))
             if path.startswith(API):
-                sessions += _check_json(body)
+                sessions += self._check_json(body)
             receive = _replay(body, receive)
         for session in sessions:
             self._check_session(session, headers)
@@ -128,10 +129,30 @@ class Gate:
             if urlsplit(origin).netloc.lower() not in hosts:
                 raise Refused(403, "Requests from other sites are not answered.")
 
-    def _check_file(self, path: str) -> None:
-        prefix = f"{self.uploads}/"
-        if not path.startswith(prefix) or not _CACHED.fullmatch(path.removeprefix(prefix)):
-            raise Refused(404, "Not found.")
+    def _is_cached(self, path: str) -> bool:
+        """Whether a path leads into Gradio's cache, where the name of each folder is a checksum."""
+        within = path.removeprefix(f"{self.uploads}{os.sep}")
+        return within != path and _CACHED.fullmatch(within.replace(os.sep, "/")) is not None
+
+    def _check_json(self, body: bytes) -> list[str]:
+        """The sessions that a request names.
+
+        Raises:
+            Refused: when it is not JSON of an object, or names a file that was not uploaded. Gradio
+                would fetch an address, and show any file of the working and temporary folders.
+        """
+        try:
+            data = json.loads(body or b"{}")
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise Refused(400, "The request is not a JSON object.")
+        for item in _objects(data):
+            path = item.get("path")
+            if "meta" in item and isinstance(path, str) and not self._is_cached(path):
+                raise Refused(400, "A file was not uploaded to this app; upload it first.")
+        session = data.get("session_hash")
+        return [session] if isinstance(session, str) else []
 
     def _check_session(self, session: str, headers: Headers) -> None:
         """Tie a session, whose messages hold results, to whoever used it first."""
@@ -257,26 +278,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return next(messages, None) or await receive()
 
     return replay
-
-
-def _check_json(body: bytes) -> list[str]:
-    """The sessions that a request names.
-
-    Raises:
-        Refused: when it is not JSON of an object, or asks for a file to be fetched from an address.
-    """
-    try:
-        data = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise Refused(400, "The request is not a JSON object.")
-    for item in _objects(data):
-        path = item.get("path")
-        if "meta" in item and isinstance(path, str) and _ADDRESS.match(path):
-            raise Refused(400, "Files are not fetched from addresses; upload them first.")
-    session = data.get("session_hash")
-    return [session] if isinstance(session, str) else []
 
 
 def _objects(data: Any) -> Iterator[dict[str, Any]]:
