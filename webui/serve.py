@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import shutil
@@ -90,7 +91,7 @@ def _import_gradio() -> None:
 
     inspect.getfile = getfile
     try:
-        import gradio  # noqa: F401
+        importlib.import_module("gradio")
     finally:
         inspect.getfile = original
 
