@@ -212,6 +212,11 @@ class Logins:
             0,
         )
 
+    def note_wrong(self, name: str) -> None:
+        """Count a wrong password for this name."""
+        self._wrong.append((time.monotonic(), _short(name)))
+        self._wrong_of[_short(name)] += 1
+
     async def _fits(self, name: str, password: str) -> bool:
         hashed = self._users.get(name)
         fits = await asyncio.to_thread(
@@ -219,8 +224,7 @@ class Logins:
         )
         if fits and hashed is not None:
             return True
-        self._wrong.append((time.monotonic(), _short(name)))
-        self._wrong_of[_short(name)] += 1
+        self.note_wrong(name)
         return False
 
     def _forget(self) -> None:

@@ -51,14 +51,14 @@ def serve(folder: DataFolder, serving: Serving) -> None:
     Raises:
         UserError: when the port or the data folder is in use, or no tunnel can be opened.
     """
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with _lock(folder):
         _check_port(serving)
         _empty(folder)
         # Read by Gradio: uploads stay inside the data folder.
         os.environ["GRADIO_TEMP_DIR"] = str(folder.part("uploads"))
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         studio = Studio.open(folder)
         app = _launch(studio, serving)
         try:

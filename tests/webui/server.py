@@ -26,10 +26,14 @@ def free_port() -> int:
 class Server:
     """``python -m webui`` on a free port of the loopback address.
 
-    Use as a context manager, which ends it as Ctrl-C does. ``started_s``: seconds until it answered.
+    Use as a context manager, which ends it as Ctrl-C does.
+
+    Attributes:
+        started_s: seconds until it answered.
+        log: file with what it prints; beside the data folder, as it works in that one's parent.
     """
 
-    def __init__(self, data_dir: Path, *arguments: str, cwd: Path | None = None) -> None:
+    def __init__(self, data_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.data_dir = data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -41,8 +45,8 @@ class Server:
                     *(sys.executable, "-m", "webui", "--port", str(self.port)),
                     *("--data-dir", str(data_dir), *arguments),
                 ],
-                cwd=cwd or data_dir.parent,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+                cwd=data_dir.parent,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
