@@ -32,7 +32,7 @@ def build_app(studio: Studio) -> gr.Blocks:
                 for event in (tab.select, app.load):
                     event(
                         refresh.function,
-                        None,
+                        set(refresh.inputs) or None,
                         list(refresh.outputs),
                         api_visibility="private",
                         show_progress="hidden",

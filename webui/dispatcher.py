@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
@@ -29,6 +30,14 @@ CLOSE_S = 60.0
 """The same when the app itself ends."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Watch:
+    """Of the run at hand: whether the end of the app stopped it, and when it was asked to stop."""
+
+    interrupted: bool = False
+    asked: float | None = None
 
 
 class Dispatcher:
@@ -96,7 +105,7 @@ class Dispatcher:
                     runner.kill(process.pid)
                 time.sleep(POLL_S)
             if not runner.is_alive(process):  # else the next server finds it again
-                self._book_orphan(id)
+                _call(lambda id=id: self._book_orphan(id))
         while not self._closing:
             try:
                 id = self._take()
@@ -126,18 +135,22 @@ class Dispatcher:
         process = self._begin(id)
         if process is None:
             return
-        interrupted, asked = False, None
+        watch = _Watch()
         while process.poll() is None:
-            if self._closing and not interrupted:
-                interrupted = self._interrupt(id, process.pid)
-            if asked is None and self._state(id) == "stopping":
-                asked = time.monotonic()
-            limit = CLOSE_S if self._closing else STOP_S
-            if asked is not None and time.monotonic() - asked > limit:
-                runner.kill(process.pid)
+            _call(lambda: self._tend(id, process.pid, watch))
             self._wake.wait(POLL_S)
             self._wake.clear()
-        self._book(id, process.returncode, interrupted, begin)
+        self._book(id, process.returncode, watch.interrupted, begin)
+
+    def _tend(self, id: str, pid: int, watch: _Watch) -> None:
+        """Have a look at a run that works: is it to stop, and does it take too long to?"""
+        if self._closing and not watch.interrupted:
+            watch.interrupted = self._interrupt(id, pid)
+        if watch.asked is None and self._state(id) == "stopping":
+            watch.asked = time.monotonic()
+        limit = CLOSE_S if self._closing else STOP_S
+        if watch.asked is not None and time.monotonic() - watch.asked > limit:
+            runner.kill(pid)
 
     def _begin(self, id: str) -> subprocess.Popen[bytes] | None:
         """Start the process, unless the run was stopped in the meantime."""
@@ -147,11 +160,16 @@ class Dispatcher:
             if job.state == "stopping" or self._closing:
                 self._set(id, state="stopped" if job.state == "stopping" else "queued")
                 return None
+            if job.subject_id is None:
+                self._end(id, "failed", "Its subject was deleted, so there are no photos to use.")
+                return None
             argv = ("--resume", str(self.folder.of("runs", id)))
+            latents = self.folder.of("latents", job.subject_id)
+            log = self.folder.of("logs", id, ".log")
             try:
-                process = runner.start(self.folder, id, job.subject_id or "", argv)
-            except (OSError, ValueError) as error:
-                self._set(id, state="failed", message=f"The run could not be started: {error}")
+                process = runner.start(self.folder, latents, argv, log)
+            except OSError as error:
+                self._end(id, "failed", f"The run could not be started: {error}")
                 return None
             self._set(id, pid=process.pid, pid_started=psutil.Process(process.pid).create_time())
             return process
@@ -187,6 +205,7 @@ class Dispatcher:
             self._end(id, "interrupted")
 
     def _end(self, id: str, state: State, message: str | None = None) -> None:
+        self.progress.of(id)  # its last events, which nobody looks for afterwards
         ended = time.time()
         self._set(id, state=state, message=message, pid=None, pid_started=None, ended_at=ended)
         if state == "done":
@@ -212,8 +231,8 @@ def queued(session: Session) -> list[Job]:
 
 
 def _call(hook: Callable[[], object]) -> None:
-    """Call what others have asked for; a fault of theirs must not end the queue."""
+    """Call something whose fault must not end the queue."""
     try:
         hook()
     except Exception:
-        _log.exception("a step before or after a run failed")
+        _log.exception("something beside a run failed")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from nora_diffusion.config import UserError, save_config
+from nora_diffusion.config import DreamboothConfig, UserError, save_config
 from webui import runner
 from webui.database import Sessions
 from webui.dispatcher import Dispatcher, State, queued
@@ -118,12 +118,10 @@ class Jobs:
             UserError: naming every setting that cannot be used.
         """
         id = new_id()
-        run = self.folder.of("runs", id)
+        config, settings = self._recipe(owner, subject_id, base, overrides, preset, id)
         with self.sessions() as session:
-            photos, name = self._photos(session, owner, subject_id)
-        config, settings = make_recipe(
-            base, photos, overrides, preset, run, local_bases=owner == ""
-        )
+            name = session.get_one(Subject, subject_id).name
+        run = self.folder.of("runs", id)
         run.mkdir()
         save_config(settings, run)
         with self._dispatcher.lock, self.sessions.begin() as session:
@@ -144,6 +142,17 @@ class Jobs:
             )
         self._dispatcher.wake()
         return id
+
+    def settle(
+        self,
+        owner: str,
+        subject_id: str,
+        base: str,
+        overrides: Mapping[str, Any],
+        preset: str | None = None,
+    ) -> DreamboothConfig:
+        """The settings that ``submit`` would queue a run with; arguments and errors as there."""
+        return self._recipe(owner, subject_id, base, overrides, preset, new_id())[1]
 
     def stop(self, owner: str, id: str) -> None:
         """Let a run save and stop; a queued one leaves the queue. Both can be resumed.
@@ -174,7 +183,7 @@ class Jobs:
             job = _find(session, owner, id)
             if job.state not in RESUMABLE:
                 raise UserError(f"this run is {job.state}; there is nothing to resume")
-            self._photos(session, owner, job.subject_id or "")
+            self._photos(session, owner, job.subject_id)
             job.state, job.message, job.position = "queued", None, _last(session)
         self._dispatcher.wake()
 
@@ -234,16 +243,30 @@ class Jobs:
             _find(session, owner, id)
         return runner.read_log(self.folder.of("logs", id, ".log"))
 
-    def _photos(self, session: Session, owner: str, subject_id: str) -> tuple[Photos, str]:
-        subject = session.get(Subject, subject_id)
-        if subject is None or subject.owner != owner or subject.deleted_at is not None:
+    def _recipe(
+        self,
+        owner: str,
+        subject_id: str,
+        base: str,
+        overrides: Mapping[str, Any],
+        preset: str | None,
+        id: str,
+    ) -> tuple[str, DreamboothConfig]:
+        with self.sessions() as session:
+            photos = self._photos(session, owner, subject_id)
+        run = self.folder.of("runs", id)
+        return make_recipe(base, photos, overrides, preset, run, local_bases=owner == "")
+
+    def _photos(self, session: Session, owner: str, subject_id: str | None) -> Photos:
+        subject = None if subject_id is None else session.get(Subject, subject_id)
+        if subject is None or subject.owner != owner or subject.deleted_at or subject.draft:
             raise UserError("there is no such subject; upload its photos in the tab Subject")
         folder = self.folder.of("subjects", subject.id) / "photos"
-        photos = Photos(folder, len(subject.photos), subject.class_name, subject.trigger)
-        return photos, subject.name
+        return Photos(folder, len(subject.photos), subject.class_name, subject.trigger)
 
     def _view(self, session: Session, job: Job) -> JobView:
-        progress = self._dispatcher.progress.of(job.id)
+        live = job.state in ("running", "stopping")
+        progress = self._dispatcher.progress.of(job.id, live=live)
         subject = None if job.subject_id is None else session.get(Subject, job.subject_id)
         state: Any = job.state
         eta = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from nora_diffusion.events import Event, read_new_events
 from webui.paths import DataFolder
 
-KEPT = 64
+KEPT = 500
 """Runs whose progress is kept in memory."""
 
 POINTS = 400
@@ -86,14 +86,20 @@ class ProgressBook:
         self._lock = threading.Lock()
         self._kept: dict[str, Progress] = {}
 
-    def of(self, job: str) -> Progress:
-        """The progress of a run, by the id of its job, as it is now."""
+    def of(self, job: str, *, live: bool = True) -> Progress:
+        """The progress of a run, by the id of its job.
+
+        Args:
+            job: the id.
+            live: whether to look for new events, though the run was read before.
+        """
         with self._lock:
-            progress = self._kept.pop(job, None) or Progress(self._folder.of("runs", job))
+            known = self._kept.pop(job, None)
+            progress = known or Progress(self._folder.of("runs", job))
             self._kept[job] = progress  # the newest last
             if len(self._kept) > KEPT:
                 del self._kept[next(iter(self._kept))]
-            return progress.update()
+            return progress.update() if live or known is None else progress
 
 
 def seconds_a_step(events: Iterable[Event]) -> float | None:

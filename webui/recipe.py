@@ -12,7 +12,6 @@ from typing import Any
 from nora_diffusion.config import ConfigError, DreamboothConfig, load_config, shipped_configs
 from nora_diffusion.families import ASSETS, FAMILIES, PIPELINES
 from nora_diffusion.presets import auto_steps
-from nora_diffusion.schema import get_key
 from nora_diffusion.settings import quote
 from webui.paths import PARTS
 
@@ -138,11 +137,6 @@ def spell(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{name} = {quote(part)}" for name, part in value.items()) + " }"
     return "none" if value is None else quote(value)
-
-
-def changed(config: DreamboothConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``values`` that differ from what the config says."""
-    return {key: value for key, value in values.items() if value != get_key(config, key)}
 
 
 def _find_base(base: str, problems: list[str]) -> tuple[str, str | None]:

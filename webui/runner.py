@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -28,36 +29,36 @@ MEMORY_CURE = (
 )
 
 
-def start(folder: DataFolder, job: str, subject: str, argv: tuple[str, ...]) -> subprocess.Popen:
-    """Start the command in the data folder; its output is appended to ``logs/JOB.log``.
+def start(folder: DataFolder, latents: Path, argv: Sequence[str], log: Path) -> subprocess.Popen:
+    """Start the command in the data folder.
 
     Args:
         folder: the data folder.
-        job: id of the job.
-        subject: id of the subject, under which its encoded photos are kept.
+        latents: folder for encoded photos.
         argv: arguments of ``nora-dreambooth``.
+        log: file to append its output to.
     """
-    with open(folder.of("logs", job, ".log"), "ab", buffering=0) as log:
+    with open(log, "ab", buffering=0) as output:
         shown = f"# {time.strftime('%Y-%m-%d %H:%M:%S')}: nora-dreambooth {' '.join(argv)}\n"
-        log.write(shown.encode())
+        output.write(shown.encode())
         return subprocess.Popen(
             [*COMMAND, *argv],
             cwd=folder.root,
-            env=environment(folder, subject),
+            env=environment(folder, latents),
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             # Ctrl-C in the server's terminal must not reach it beside our SIGTERM: a second
             # signal ends a run without a checkpoint.
             start_new_session=True,
         )
 
 
-def environment(folder: DataFolder, subject: str) -> dict[str, str]:
+def environment(folder: DataFolder, latents: Path) -> dict[str, str]:
     """Variables of a run: everything it caches stays in the data folder."""
     return os.environ | {
         "NORA_CACHE_DIR": str(folder.part("cache")),
-        "NORA_LATENTS_DIR": str(folder.of("latents", subject)),
+        "NORA_LATENTS_DIR": str(latents),
         "PYTHONUNBUFFERED": "1",  # the log is read while it is written
     }
 

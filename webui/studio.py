@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from webui.database import open_database
+from webui.forecast import Forecasts
 from webui.jobs import Jobs
 from webui.library import Library
 from webui.paths import DataFolder
@@ -23,6 +24,7 @@ class Studio:
     sampler: Sampler
     library: Library
     pictures: Pictures
+    forecasts: Forecasts
 
     @classmethod
     def open(cls, folder: DataFolder) -> Studio:
@@ -37,6 +39,7 @@ class Studio:
             sampler=sampler,
             library=library,
             pictures=Pictures(folder, sessions),
+            forecasts=Forecasts(folder, sessions),
         )
 
     def start(self) -> None:
@@ -45,5 +48,6 @@ class Studio:
 
     def close(self) -> None:
         """Stop what runs, saving it."""
+        self.forecasts.close()
         self.jobs.close()
         self.sampler.close()

@@ -16,7 +16,9 @@ class Refresh:
     Attributes:
         function: takes ``request: gr.Request`` and returns an update for each output.
         outputs: components of the tab.
+        inputs: components whose values it takes first, as one dict; none: only the request.
     """
 
     function: Callable[..., Any]
     outputs: Sequence[Component]
+    inputs: frozenset[Component] = frozenset()
