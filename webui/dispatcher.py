@@ -230,6 +230,13 @@ def queued(session: Session) -> list[Job]:
     )
 
 
+def is_working(sessions: Sessions) -> bool:
+    """Whether a run of anybody is at work."""
+    working = select(Job.id).where(Job.state.in_(("running", "stopping")))
+    with sessions() as session:
+        return session.scalar(working.limit(1)) is not None
+
+
 def _call(hook: Callable[[], object]) -> None:
     """Call something whose fault must not end the queue."""
     try:

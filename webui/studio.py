@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from webui.database import open_database
+from webui.dispatcher import is_working
 from webui.forecast import Forecasts
 from webui.jobs import Jobs
 from webui.library import Library
@@ -30,7 +31,7 @@ class Studio:
     def open(cls, folder: DataFolder) -> Studio:
         """Open the database and everything on it; nothing runs until ``start``."""
         sessions = open_database(folder.database)
-        sampler = Sampler(folder)
+        sampler = Sampler(folder, lambda: is_working(sessions))
         library = Library(folder, sessions)
         return cls(
             folder=folder,
