@@ -88,13 +88,16 @@ def check_photos(photos: Mapping[str, Photo], resolution_px: int) -> list[Check]
         resolution_px: of the pictures that are trained on.
     """
     names = {photo.path.name: name for name, photo in photos.items()}
+    alike: dict[str, list[str]] = {}
+    for first, second in near_duplicates(list(photos.values())):
+        alike.setdefault(names[second], []).append(names[first])
     checks = []
     for name, photo in photos.items():
-        checks += [Check(name, "warning", reason) for reason in _reasons(photo, resolution_px)]
-    checks += [
-        Check(names[second], "warning", f"nearly the same picture as {names[first]}; keep one")
-        for first, second in near_duplicates(list(photos.values()))
-    ]
+        reasons = _reasons(photo, resolution_px)
+        if name in alike:
+            others = " and ".join(alike[name])
+            reasons.append(f"nearly the same picture as {others}; keep one of them")
+        checks += [Check(name, "warning", reason) for reason in reasons]
     if photos and len(photos) < FEW:
         told = "one photo" if len(photos) == 1 else f"{len(photos)} photos"
         checks.append(
@@ -109,7 +112,7 @@ def _reasons(photo: Photo, resolution_px: int) -> list[str]:
     factor, cut = enlargement(photo.size, target), cut_share(photo.size, target)
     if factor > 1 + WORTH_SAYING:
         reasons.append(
-            f"too small: {width} x {height} px, so it is enlarged {factor:.1f} times for "
+            f"too small: {width} x {height} px, enlarged {factor:.1f} times for "
             f"{resolution_px} px; use a larger one if you can"
         )
     if is_blurred(photo):

@@ -39,7 +39,7 @@ footer { display: none !important; }
 .n-card > img, .n-card > .n-none { width: 72px; height: 72px; }
 .n-card > div:last-child { min-width: 0; flex: 1; }
 .n-card h3 { margin: 0; font-size: 1rem; overflow-wrap: anywhere; }
-.n-card p, .n-photo p { margin: 0; font-size: .85rem; overflow-wrap: anywhere; }
+.n-card p, .n-photo p { display: block; margin: 0; font-size: .85rem; overflow-wrap: anywhere; }
 .n-card img, .n-photo img, .n-caption img { object-fit: cover; border-radius: 6px; flex: none; }
 .n-none { border-radius: 6px; flex: none; background: var(--border-color-primary); }
 .n-photos { display: grid; gap: .75rem; }
@@ -62,6 +62,11 @@ footer { display: none !important; }
 .n-actions button { background: var(--background-fill-primary); color: inherit; }
 .n-actions button:hover { background: var(--background-fill-secondary); }
 .n-actions button:focus-visible { outline: 2px solid var(--primary-600); outline-offset: 1px; }
+.n-facts { display: flex; flex-wrap: wrap; gap: 1rem; }
+.n-facts img { width: 128px; height: 128px; object-fit: cover; border-radius: 6px; }
+.n-facts table { border-collapse: collapse; font-size: .9rem; }
+.n-facts th { text-align: left; font-weight: 400; opacity: .75; padding: .1rem 1rem .1rem 0; }
+.n-facts td { overflow-wrap: anywhere; }
 #subject-preview figure { margin: 0; }
 #subject-preview img { max-width: min(100%, 512px); border-radius: 6px; }
 #subject-preview .n-pixels img { width: 256px; image-rendering: pixelated; }
