@@ -38,7 +38,7 @@ SIDE_AT_MOST_PX = 4096
 _LOG_BYTES = 1_000_000
 _CLOSE_S = 10.0
 
-Progress = Callable[[float, str], None]
+Progress = Callable[[float, str], object]
 """Told the share of a request that is done, from 0 to 1, and what is going on."""
 
 
@@ -69,9 +69,7 @@ class _WorkerDied(Exception):
 class Sampler:
     """Client of the worker process; requests are answered one at a time, first come first."""
 
-    def __init__(
-        self, folder: DataFolder, is_training: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, folder: DataFolder, is_training: Callable[[], bool] = lambda: False) -> None:
         """Nothing is started before the first request.
 
         Args:
@@ -107,7 +105,7 @@ class Sampler:
         return turn.result()
 
     def stop(self, owner: str = "") -> bool:
-        """End the request at hand if it is this owner's; the worker stays. Returns whether it is."""
+        """End the request at hand if it is this owner's, and say whether; the worker stays."""
         with self._lock:
             if self._drawing_for != owner or self._process is None:
                 return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from webui.bin import DailyRound
 from webui.database import open_database
 from webui.dispatcher import is_working
 from webui.forecast import Forecasts
@@ -26,6 +27,7 @@ class Studio:
     library: Library
     pictures: Pictures
     forecasts: Forecasts
+    rounds: DailyRound
 
     @classmethod
     def open(cls, folder: DataFolder) -> Studio:
@@ -33,22 +35,29 @@ class Studio:
         sessions = open_database(folder.database)
         sampler = Sampler(folder, lambda: is_working(sessions))
         library = Library(folder, sessions)
+        subjects = Subjects(folder, sessions)
         return cls(
             folder=folder,
-            subjects=Subjects(folder, sessions),
+            subjects=subjects,
             jobs=Jobs(folder, sessions, before_start=sampler.release, on_done=library.adopt),
             sampler=sampler,
             library=library,
             pictures=Pictures(folder, sessions),
             forecasts=Forecasts(folder, sessions),
+            rounds=DailyRound(subjects.expire, library.expire),
         )
 
     def start(self) -> None:
-        """Begin to work on the queue."""
+        """Remove what a crash left half done, empty the bin, and begin to work on the queue."""
+        self.subjects.tidy()
+        self.library.tidy()
+        self.pictures.tidy()
+        self.rounds.start()
         self.jobs.start()
 
     def close(self) -> None:
         """Stop what runs, saving it."""
+        self.rounds.close()
         self.forecasts.close()
         self.jobs.close()
         self.sampler.close()

@@ -91,17 +91,22 @@ def remove_adapter(pipe_or_model: Any, adapter_name: str) -> None:
             layer.delete_adapter(adapter_name)
         cast("dict[str, Any]", model.peft_config).pop(adapter_name)
         for module in list(model.modules()):
-            for name, child in children_of(module).items():
-                while isinstance(child, BaseTunerLayer) and not cast(Any, child).scaling:
-                    child = cast(nn.Module, child.base_layer)
-                children_of(module)[name] = child
+            children = children_of(module)
+            children.update({name: _needed(child) for name, child in children.items()})
+
+
+def _needed(module: nn.Module | None) -> nn.Module | None:
+    """A module without the adapter layers on it that have no adapter left."""
+    while isinstance(module, BaseTunerLayer) and not cast(Any, module).scaling:
+        module = cast(Any, module).base_layer
+    return module
 
 
 def _towers(model: nn.Module) -> list[list[Any]]:
     """Adapter layers by the module they adapt, the outermost first: kinds may lie in another."""
     towers: dict[nn.Module, list[Any]] = {}
     for _, layer in tuner_layers(model):
-        towers.setdefault(cast(nn.Module, layer.get_base_layer()), []).append(layer)
+        towers.setdefault(layer.get_base_layer(), []).append(layer)
     return list(towers.values())
 
 

@@ -10,13 +10,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 from nora_diffusion.config import UserError
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import Family
+from nora_diffusion.families.quiet import quiet_loading
 
 _PART, _READER = "safety_checker", "feature_extractor"
 
@@ -41,18 +40,26 @@ def attach_safety_checker(family: Family) -> bool:
     if name is None:
         return False
     problem = f'model.base = "{parts.base}": its safety checker '
-    if name != StableDiffusionSafetyChecker.__name__:
+    if name != "StableDiffusionSafetyChecker":
         raise UserError(f"{problem}is a {name}, which is not known here; use another base")
     try:
-        checker: Any = StableDiffusionSafetyChecker.from_pretrained(
-            str(source), subfolder=_PART, use_safetensors=True
-        )
-        reader = CLIPImageProcessor.from_pretrained(str(source), subfolder=_READER)
+        with quiet_loading():
+            checker, reader = _load(str(source))
     except OSError as error:
         raise UserError(f"{problem}cannot be loaded ({str(error).splitlines()[0]})") from error
     checker = checker.requires_grad_(False).eval().to(parts.device)
     parts.pipeline.register_modules(**{_PART: checker, _READER: reader})
     return True
+
+
+def _load(source: str) -> tuple[Any, Any]:
+    # Imported where transformers' remarks on this are kept quiet.
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    kind: Any = StableDiffusionSafetyChecker
+    checker = kind.from_pretrained(source, subfolder=_PART, use_safetensors=True)
+    return checker, CLIPImageProcessor.from_pretrained(source, subfolder=_READER)
 
 
 @torch.no_grad()
