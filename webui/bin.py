@@ -54,10 +54,10 @@ def forget_deleted_rows(sessions: Sessions) -> None:
 
 
 class DailyRound:
-    """Calls a function at the start and then once a day, until it is closed."""
+    """Calls functions at the start and then once a day, until it is closed."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    def __init__(self, *functions: Callable[[], None]) -> None:
+        self._functions = functions
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="daily round", daemon=True)
 
@@ -69,12 +69,17 @@ class DailyRound:
         """End it."""
         self._over.set()
 
+    def join(self) -> None:
+        """Wait until the round at hand is over."""
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
-            try:
-                self._function()
-            except Exception:  # tomorrow's round must come all the same
-                logging.getLogger(__name__).exception("the bin could not be emptied")
+            for function in self._functions:
+                try:
+                    function()
+                except Exception:  # the others, and tomorrow's round, must come all the same
+                    logging.getLogger(__name__).exception("the bin could not be emptied")
             if self._over.wait(DAY_S):
                 return
 

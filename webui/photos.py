@@ -12,7 +12,14 @@ from typing import Literal
 from PIL import Image
 
 from nora_diffusion.data.buckets import MAX_ASPECT, cut_share, enlargement
-from nora_diffusion.data.images import Photo, examine, read_image, register_heic, square
+from nora_diffusion.data.images import (
+    SUBJECT_LIMIT,
+    Photo,
+    examine,
+    read_image,
+    register_heic,
+    square,
+)
 from nora_diffusion.data.survey import WORTH_SAYING, is_blurred, near_duplicates
 
 FORMATS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "HEIF": ".heic"}
@@ -99,9 +106,9 @@ def check_photos(photos: Mapping[str, Photo], resolution_px: int) -> list[Check]
             reasons.append(f"nearly the same picture as {others}; keep one of them")
         checks += [Check(name, "warning", reason) for reason in reasons]
     if photos and len(photos) < FEW:
-        told = "one photo" if len(photos) == 1 else f"{len(photos)} photos"
+        told = "1 photo" if len(photos) == 1 else f"{len(photos)} photos"
         checks.append(
-            Check("", "warning", f"{told}: a subject is learnt better from {FEW} and more")
+            Check("", "warning", f"only {told}: {FEW} to {SUBJECT_LIMIT} teach it better")
         )
     return checks
 

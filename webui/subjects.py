@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -14,19 +13,12 @@ from sqlalchemy.orm import Session
 
 from nora_diffusion.config import UserError
 from nora_diffusion.data import images
-from webui.bin import expired_before, forget_deleted_rows, remove_copies
+from webui.bin import expired_before, forget_deleted_rows
 from webui.database import Sessions
 from webui.models import Choice, Job, Photo, Subject
 from webui.paths import NAME_LIMIT, DataFolder, clean_name, new_id
-from webui.photos import (
-    RESOLUTIONS_PX,
-    Check,
-    Examined,
-    check_photos,
-    look_at,
-    write_cropped,
-    write_picture,
-)
+from webui.photos import RESOLUTIONS_PX, Check, Examined, check_photos, look_at
+from webui.subject_files import SubjectFiles
 
 __all__ = ["Check", "PhotoView", "SubjectView", "Subjects"]
 
@@ -38,7 +30,6 @@ _RIGHTS = "may use the uploaded photos"
 _NO_RIGHTS = (
     "nothing was kept: confirm once that you have the right to use these photos, then go on"
 )
-_PHOTOS, _THUMBNAILS, _CROPPED = "photos", "thumbnails", "cropped"
 
 
 @dataclass(frozen=True)
@@ -74,15 +65,12 @@ class SubjectView:
 
 
 class Subjects:
-    """All subjects; every method takes whose they are, and knows no others.
-
-    On disk, ``subjects/ID`` holds ``photos/`` (with captions, as the trainer reads them),
-    ``thumbnails/`` and ``cropped/`` (pictures of ours).
-    """
+    """All subjects; every method takes whose they are, and knows no others."""
 
     def __init__(self, folder: DataFolder, sessions: Sessions) -> None:
         self.folder = folder
         self.sessions = sessions
+        self.files = SubjectFiles(folder)
         self._writing = threading.RLock()  # photos are numbered and counted one upload at a time
 
     # --- the right to use the photos
@@ -209,22 +197,18 @@ class Subjects:
             UserError: when it is the last one of a saved subject, or training uses it.
         """
         with self._writing:
-            subject = self.get(owner, id)
-            photo = _photo_of(subject, photo_id)
             self._refuse_while_training(id)
-            if len(subject.photos) == 1 and not subject.draft:
-                raise UserError(
-                    "this is the last photo of the subject; add another one first, or delete the "
-                    "subject"
-                )
             with self.sessions.begin() as session:
-                session.delete(session.get_one(Photo, photo_id))
+                row = _owned(session, owner, id)
+                photo = _photo_of(row, photo_id)
+                if len(row.photos) == 1 and not row.draft:
+                    raise UserError(
+                        "this is the last photo of the subject; add another one first, or delete "
+                        "the subject"
+                    )
+                row.photos.remove(photo)
             forget_deleted_rows(self.sessions)
-            files = self._files_of(id, photo)
-            remove_copies(self.folder, files)
-            for path in files:
-                path.unlink()
-            self._remove_made(id)
+            self.files.remove_photo(photo)
 
     def set_caption(self, owner: str, id: str, photo_id: str, text: str) -> None:
         """Describe a photo; "" takes the description away.
@@ -236,12 +220,9 @@ class Subjects:
         if len(caption) > CAPTION_LIMIT:
             raise UserError(f"the caption has {len(caption)} letters; give at most {CAPTION_LIMIT}")
         with self._writing, self.sessions.begin() as session:
-            _owned(session, owner, id)
-            photo = session.get(Photo, photo_id)
-            if photo is None or photo.subject_id != id:
-                raise UserError("this photo is not there any more; load the page again")
+            photo = _photo_of(_owned(session, owner, id), photo_id)
             photo.caption = caption
-            _write_caption(self._photo_path(photo), caption)
+            self.files.write_caption(photo)
 
     # --- looking at them
 
@@ -260,7 +241,7 @@ class Subjects:
 
     def photos_folder(self, owner: str, id: str) -> Path:
         """Folder with photos and captions, as ``data.subject`` takes it."""
-        return self._folder(self.get(owner, id).id) / _PHOTOS
+        return self.files.photos(self.get(owner, id).id)
 
     def checks(self, owner: str, id: str, resolution_px: int = 512) -> list[Check]:
         """What is wrong with the photos of a subject, for pictures of that many px a side."""
@@ -273,11 +254,9 @@ class Subjects:
         """The square of a photo that a base of that resolution learns from, as a picture file."""
         if resolution_px not in RESOLUTIONS_PX:
             raise UserError(f"{resolution_px} px: choose one of {RESOLUTIONS_PX}")
-        photo = _photo_of(self.get(owner, id), photo_id)
-        path = self._folder(id) / _CROPPED / f"{photo_id}-{resolution_px}.webp"
-        if not path.is_file():
-            write_cropped(photo.path, resolution_px, path)
-        return path
+        with self.sessions() as session:
+            photo = _photo_of(_owned(session, owner, id), photo_id)
+        return self.files.cropped(photo, resolution_px)
 
     # --- the bin
 
@@ -333,22 +312,15 @@ class Subjects:
     def tidy(self) -> None:
         """Remove what a crash left half done: files that no photo stands for."""
         with self._writing, self.sessions() as session:
-            rows = {row.id: row for row in session.scalars(select(Subject))}
-            for path in self.folder.part("subjects").iterdir():
-                row = rows.get(path.name)
-                if row is None:
-                    shutil.rmtree(path)
-                    continue
-                stems = {Path(photo.file_name).stem for photo in row.photos}
-                for file in (path / _PHOTOS).glob("*"):
-                    if file.stem not in stems:
-                        file.unlink()
+            rows = session.scalars(select(Subject))
+            known = {row.id: {Path(p.file_name).stem for p in row.photos} for row in rows}
+            self.files.tidy(known)
 
     # --- inside
 
     def _begin(self, owner: str, draft: bool, name: str, class_name: str, trigger: str) -> str:
         id = new_id()
-        (self._folder(id) / _PHOTOS).mkdir(parents=True)
+        self.files.photos(id).mkdir(parents=True)
         with self.sessions.begin() as session:
             session.add(
                 Subject(
@@ -376,9 +348,9 @@ class Subjects:
                 sharpness=look.photo.sharpness,
                 caption="",
             )
-            write_picture(look.thumbnail, self._thumbnail(id, photo.id))
-            shutil.copyfile(source, self._folder(id) / _PHOTOS / photo.file_name)
             row.photos.append(photo)
+            session.flush()
+            self.files.add(photo, source, look.thumbnail)
 
     def _erase(self, id: str) -> None:
         with self._writing:
@@ -388,20 +360,7 @@ class Subjects:
                 if row is not None:
                     session.delete(row)
             forget_deleted_rows(self.sessions)
-            # The row goes first: what a crash leaves of the files is removed by ``tidy``.
-            remove_copies(self.folder, [f for f in self._folder(id).rglob("*") if f.is_file()])
-            for run in runs:
-                (self.folder.of("runs", run) / "before_after.png").unlink(missing_ok=True)
-            self._remove_made(id)
-            shutil.rmtree(self._folder(id), ignore_errors=True)
-
-    def _remove_made(self, id: str) -> None:
-        shutil.rmtree(self.folder.of("latents", id), ignore_errors=True)
-
-    def _files_of(self, id: str, photo: PhotoView) -> list[Path]:
-        cropped = (self._folder(id) / _CROPPED).glob(f"{photo.id}-*")
-        files = [photo.path, photo.path.with_suffix(".txt"), photo.thumbnail, *cropped]
-        return [path for path in files if path.is_file()]
+            self.files.erase(id, runs)  # after the row: what a crash leaves, ``tidy`` removes
 
     def _check_room(self, subject: SubjectView, more: Sequence[Path]) -> None:
         count = len(subject.photos) + len(more)
@@ -436,24 +395,15 @@ class Subjects:
             rows = session.scalars(wanted.order_by(Subject.created_at.desc()))
             return [self._view(row) for row in rows]
 
-    def _folder(self, id: str) -> Path:
-        return self.folder.of("subjects", id)
-
-    def _thumbnail(self, id: str, photo_id: str) -> Path:
-        return self._folder(id) / _THUMBNAILS / f"{photo_id}.webp"
-
-    def _photo_path(self, photo: Photo) -> Path:
-        return self._folder(photo.subject_id) / _PHOTOS / photo.file_name
-
     def _view(self, row: Subject) -> SubjectView:
         photos = [
             PhotoView(
                 id=photo.id,
                 shown_name=photo.shown_name,
-                path=self._photo_path(photo),
+                path=self.files.photo(photo),
                 size=(photo.width, photo.height),
                 caption=photo.caption,
-                thumbnail=self._thumbnail(row.id, photo.id),
+                thumbnail=self.files.thumbnail(photo),
             )
             for photo in row.photos
         ]
@@ -471,7 +421,7 @@ def _owned(session: Session, owner: str, id: str, in_bin: bool = False) -> Subje
     return row
 
 
-def _photo_of(subject: SubjectView, photo_id: str) -> PhotoView:
+def _photo_of(subject: Subject, photo_id: str) -> Photo:
     for photo in subject.photos:
         if photo.id == photo_id:
             return photo
@@ -512,13 +462,3 @@ def _unused(name: str, taken: set[str]) -> str:
         number += 1
         found = f"{name} ({number})"
     return found
-
-
-def _write_caption(photo: Path, caption: str) -> None:
-    path = photo.with_suffix(".txt")
-    if caption:
-        written = photo.parent.parent / path.name  # not among the photos until it is whole
-        written.write_text(caption, encoding="utf-8")
-        written.replace(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ footer { display: none !important; }
 .n-photo img { background: var(--background-fill-secondary); }
 .n-checks li, .n-photo .n-warning { border-left: 3px solid; padding: .1rem .5rem; }
 .n-checks li, .n-photo .n-warning { margin: .25rem 0; }
+.n-checks { margin-bottom: .75rem; }
 .n-warning { border-color: #b45309 !important; }
 .n-unusable { border-color: #dc2626 !important; }
 .n-caption { display: flex; gap: .75rem; margin: .5rem 0; align-items: flex-start; }
@@ -77,7 +78,15 @@ footer { display: none !important; }
 .dark .run-state { color: var(--primary-400); }
 .run-failed .run-state, .run-interrupted .run-state { color: #b91c1c; }
 .dark .run-failed .run-state, .dark .run-interrupted .run-state { color: #fca5a5; }
-.run progress { width: 100%; height: .7rem; margin: .5rem 0 .25rem; accent-color: #0f766e; }
+.run progress {
+  appearance: none; width: 100%; height: .6rem; margin: .6rem 0 .3rem; border: 0;
+  border-radius: .3rem; overflow: hidden; background: var(--border-color-primary);
+}
+.run progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.run progress::-webkit-progress-value { background: #0f766e; }
+.run progress::-moz-progress-bar { background: #0f766e; }
+.dark .run progress::-webkit-progress-value { background: #14b8a6; }
+.dark .run progress::-moz-progress-bar { background: #14b8a6; }
 .run-facts { font-variant-numeric: tabular-nums; }
 .run p { margin: .4rem 0 0; white-space: pre-line; overflow-wrap: anywhere; }
 .run-empty p { margin: .25rem 0 0; }

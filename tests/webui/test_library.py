@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from nora_diffusion.config import UserError
 from webui.models import Job
 from webui.paths import new_id
 

@@ -47,7 +47,8 @@ def captions_html(subject: SubjectView) -> str:
         caption, name = as_text(photo.caption), as_text(photo.shown_name)
         rows.append(
             f'<li class="n-caption">{picture(photo.thumbnail, "")}<label>{name}'
-            f'<textarea rows="2" data-id="{photo.id}" value="{caption}" maxlength="{CAPTION_LIMIT}" '
+            f'<textarea rows="2" data-id="{photo.id}" value="{caption}" '
+            f'maxlength="{CAPTION_LIMIT}" '
             f'placeholder="a {{trigger}} {{class_name}}">{caption}</textarea></label></li>'
         )
     why = note(
