@@ -41,6 +41,7 @@ _POST = re.compile(
     rf"/login/?|{API}/(?:queue/join|cancel|reset/?|upload|(?:run|api|call|call/v2)/[^/]+/?)"
 )
 _CACHED = re.compile(r"[0-9a-f]{64}/(?!\.\.?$)[^/\\\x00]+")
+_BEFORE_LOGIN = re.compile(rf"{API}/(?:user|login_check|startup-events|theme\.css)/?")
 _HEARTBEAT = re.compile(rf"{API}/heartbeat/([^/]+)")
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -98,6 +99,10 @@ class Gate:
         allowed = _POST if method == "POST" else _GET if method in ("GET", "HEAD") else None
         if allowed is None or not allowed.fullmatch(path):
             raise Refused(404, "Not found.")
+        user = None if self.user_of is None else self.user_of(_cookies(headers))
+        if self.user_of is not None and user is None and path.startswith(API):
+            if not _BEFORE_LOGIN.fullmatch(path):
+                raise Refused(401, "Log in first.")
         if path.startswith(f"{API}/file="):
             if not self._is_cached(path.removeprefix(f"{API}/file=")):
                 raise Refused(404, "Not found.")
@@ -111,8 +116,9 @@ class Gate:
             if path.startswith(API):
                 sessions += self._check_json(body)
             receive = _replay(body, receive)
-        for session in sessions:
-            self._check_session(session, headers)
+        if self.user_of is not None:
+            for session in sessions:
+                self._check_session(session, user)
         return receive
 
     def _check_source(self, headers: Headers) -> None:
@@ -154,11 +160,8 @@ class Gate:
         session = data.get("session_hash")
         return [session] if isinstance(session, str) else []
 
-    def _check_session(self, session: str, headers: Headers) -> None:
+    def _check_session(self, session: str, user: str | None) -> None:
         """Tie a session, whose messages hold results, to whoever used it first."""
-        if self.user_of is None:
-            return
-        user = self.user_of(_cookies(headers))
         if self._sessions.setdefault(session, user) != user:
             raise Refused(404, "Not found.")
         self._sessions.move_to_end(session)

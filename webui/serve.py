@@ -54,8 +54,9 @@ def serve(folder: DataFolder, serving: Serving) -> None:
     with _lock(folder):
         _check_port(serving)
         _empty(folder)
-        # Read by Gradio: uploads stay inside the data folder.
+        # Read by Gradio, and by Matplotlib, which Gradio loads where it is installed.
         os.environ["GRADIO_TEMP_DIR"] = str(folder.part("uploads"))
+        os.environ.setdefault("MPLCONFIGDIR", str(folder.part("cache") / "matplotlib"))
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
