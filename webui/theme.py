@@ -24,7 +24,7 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto; }
+.gradio-container { max-width: 1180px !important; width: 100%; margin: 0 auto; }
 #brand { display: flex; align-items: baseline; gap: .75rem; padding: .25rem 0; }
 #brand h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 #brand p { margin: 0; opacity: .75; }

@@ -33,7 +33,9 @@ NO_ADAPTER = (
     "and train on them in the tab Train, or import a file in the tab Adapters. Until then the base "
     "model can be tried alone.</p></div>"
 )
-SHOW_RESULTS = "() => document.getElementById('create-results').scrollIntoView({block: 'nearest'})"
+SHOW_RESULTS = (
+    "() => { document.getElementById('create-results').scrollIntoView({block: 'nearest'}); }"
+)
 
 Values = Mapping[Component, Any]
 Updates = dict[Block, Any]
@@ -112,8 +114,8 @@ class _CreateTab:
                 elem_id="create-guidance",
             )  # fmt: skip
             with gr.Row():
-                self.width = _side("Width in px", "create-width")
-                self.height = _side("Height in px", "create-height")
+                self.width = _side("Width in px (0: the base's own)", "create-width")
+                self.height = _side("Height in px (0: the base's own)", "create-height")
         self.generate = gr.Button("Generate", variant="primary", elem_id="create-generate")
         with gr.Row():
             self.compare = gr.Button(
@@ -505,13 +507,13 @@ def _config_of(base: str) -> str:
 
 def _side(label: str, elem_id: str) -> gr.Number:
     return gr.Number(
-        None, label=label, precision=0, minimum=0, maximum=SIDE_AT_MOST_PX, step=8,
-        placeholder="the base's own", elem_id=elem_id, min_width=140,
+        0, label=label, precision=0, minimum=0, maximum=SIDE_AT_MOST_PX, step=8,
+        elem_id=elem_id, min_width=140,
     )  # fmt: skip
 
 
 def _side_px(value: Any, name: str) -> int | None:
-    return None if not value else _whole(value, name)
+    return _whole(value, name) or None
 
 
 def _whole(value: Any, name: str) -> int:

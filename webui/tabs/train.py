@@ -32,6 +32,9 @@ FIRST = (WEIGHTS, STEPS)
 FINISHED_SHOWN = 12
 """Runs that are over, in the list."""
 LOG_LETTERS = 8_000
+SHOW_STATUS = (
+    "() => { document.getElementById('train-status').scrollIntoView({block: 'nearest'}); }"
+)
 NO_SUBJECT = (
     '<div class="run-empty"><strong>No subject yet.</strong>'
     "<p>Upload its photos in the tab Subject, then train here.</p></div>"
@@ -79,6 +82,7 @@ class _TrainTab:
         keys = {key.name: key for key in list_keys(type(config))}
         self.needs = gr.HTML(_needs("mini"), elem_id="train-needs")
         first = make_field(keys[WEIGHTS], config, "Weights", "train-weights")
+        first.component.visible = False  # mini's are built in
         with gr.Row():
             self.preset = gr.Dropdown(
                 [("as the base model has it", ""), *((_card(name), name) for name in PRESETS)],
@@ -87,10 +91,10 @@ class _TrainTab:
             self.steps = gr.Number(
                 config.train.total_steps, label="Steps", elem_id="train-steps", min_width=140
             )
-        self.explained = gr.HTML(_explain("", 0, 0), elem_id="train-explained")
-        self.forecast = gr.HTML("", elem_id="train-forecast")
+        self.explained = gr.HTML("", elem_id="train-explained", visible=False)
+        self.forecast = gr.HTML("", elem_id="train-forecast", visible=False)
         self.start = gr.Button("Start training", variant="primary", elem_id="train-start")
-        self.changed = gr.HTML("", elem_id="train-changed")
+        self.changed = gr.HTML("", elem_id="train-changed", visible=False)
         with gr.Accordion("Advanced", open=False, elem_id="train-advanced"):
             rest = self._make_sections()
         self.form = Form([first, *rest])
@@ -104,16 +108,16 @@ class _TrainTab:
         return fields
 
     def _make_view(self) -> None:
-        self.status = gr.HTML(status_html(None), elem_id="train-status")
+        self.status = gr.HTML(status_html(None), elem_id="train-status", container=True)
         with gr.Row():
             self.stop = _button("Stop", "train-stop")
             self.resume = _button("Resume", "train-resume")
             self.up = _button("Move up", "train-up")
             self.down = _button("Move down", "train-down")
             self.cancel = _button("Cancel", "train-cancel")
-        self.plot = gr.HTML("", elem_id="train-loss")
-        self.sheet = gr.HTML("", elem_id="train-sheet")
         self.runs = gr.Radio([], label="Runs", elem_id="train-queue", visible=False)
+        self.plot = gr.HTML("", elem_id="train-loss", visible=False)
+        self.sheet = gr.HTML("", elem_id="train-sheet", visible=False)
         with gr.Accordion("Log", open=False, elem_id="train-log-panel") as self.log_panel:
             self.log = gr.Textbox(
                 label="What the run prints", lines=12, max_lines=12, interactive=False,
@@ -145,7 +149,8 @@ class _TrainTab:
             [self.subject.change, *(component.input for component in typed)],
             self.on_settle, self.chosen, settled, trigger_mode="always_last", **quiet,
         )  # fmt: skip
-        look(self.start.click(reported(self.on_start), self.chosen, self.picked, **quiet))
+        started = self.start.click(reported(self.on_start), self.chosen, self.picked, **quiet)
+        look(started.success(None, js=SHOW_STATUS, **quiet))
         jobs = self.studio.jobs
         for button, act in (
             (self.stop, jobs.stop),
@@ -174,7 +179,12 @@ class _TrainTab:
             for field in self.form.fields
             if before[0] == now[0] and field.differs(values[field.component], old)
         }
-        return {self.basis: now} | {c: value for c, value in shown.items() if c not in kept}
+        weights = self.form.components[0]
+        updates: Updates = {c: value for c, value in shown.items() if c not in kept}
+        if before[0] != now[0]:
+            own = bool(built_in_version(new.model.base))
+            updates[weights] = gr.Textbox(value=shown[weights], visible=not own)
+        return updates | {self.basis: now}
 
     def on_settle(self, values: Values, request: gr.Request) -> Updates:
         """Suggest steps, tell what was changed, and begin with a forecast."""
@@ -182,14 +192,15 @@ class _TrainTab:
         config, overrides = self._overrides(values)
         updates: Updates = {
             self.needs: _needs(values[self.base]),
-            self.changed: _changes(overrides),
+            self.changed: _shown(_changes(overrides)),
         }
         subject = self._subject(owner, values[self.subject])
         if subject is None:
-            return updates | {self.explained: _explain(values[self.preset], 0, 0)}
+            return updates | {self.explained: _shown(_explain(values[self.preset], 0, 0))}
         batch = pictures_a_step(config.model_copy(update={"train": _train(config, overrides)}))
         steps = auto_steps(len(subject.photos), batch)
-        updates[self.explained] = _explain(values[self.preset], len(subject.photos), steps)
+        explained = _explain(values[self.preset], len(subject.photos), steps)
+        updates[self.explained] = _shown(explained)
         if values[self.suggested] in (0, values[self.steps]):  # nobody has typed another
             overrides[STEPS] = updates[self.steps] = steps
         updates[self.suggested] = steps
@@ -254,11 +265,13 @@ class _TrainTab:
         now["subjects"] = names, lambda: self._show_subjects(names, values)
         show(self.status, status_html(job), lambda: status_html(job))
         losses, total = (job.losses, job.steps) if job else ((), None)
-        show(self.plot, (losses[-1:], total, job and job.id), lambda: loss_svg(losses, total))
-        show(self.sheet, (job and (job.id, job.sheet, job.state)), lambda: sheet_html(job))
+        show(
+            self.plot, (losses[-1:], total, job and job.id), lambda: _shown(loss_svg(losses, total))
+        )
+        show(self.sheet, (job and (job.id, job.sheet, job.state)), lambda: _shown(sheet_html(job)))
         show(
             self.forecast, (forecast, problem, steps),
-            lambda: forecast_html(forecast, steps, problem),
+            lambda: _shown(forecast_html(forecast, steps, problem)),
         )  # fmt: skip
         listing = [(text, id) for text, id in _listing(jobs)]
         show(
@@ -316,6 +329,11 @@ def _button(text: str, elem_id: str) -> gr.Button:
     return gr.Button(text, elem_id=elem_id, visible=False, size="sm", min_width=90)
 
 
+def _shown(html: str) -> gr.HTML:
+    """Text of an element that takes no room while it is empty."""
+    return gr.HTML(html, visible=bool(html))
+
+
 def _listing(jobs: list[JobView]) -> list[tuple[str, str]]:
     """Lines for the runs that are not over, and for the newest of the others."""
     lines: list[tuple[str, str]] = []
@@ -368,5 +386,9 @@ def _explain(preset: str, photos: int, steps: int) -> str:
 
 def _changes(overrides: Mapping[str, Any]) -> str:
     """What differs from the settings of base and preset."""
-    shown = [f"<code>{key} = {as_text(quote(value))}</code>" for key, value in overrides.items()]
+    shown = [
+        f"<code>{key} = {as_text(quote(value))}</code>"
+        for key, value in overrides.items()
+        if key not in FIRST
+    ]
     return f"<p>Changed: {', '.join(shown)}</p>" if shown else ""
