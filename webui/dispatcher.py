@@ -163,7 +163,9 @@ class Dispatcher:
             if job.subject_id is None:
                 self._end(id, "failed", "Its subject was deleted, so there are no photos to use.")
                 return None
-            argv = ("--resume", str(self.folder.of("runs", id)))
+            photos = self.folder.of("subjects", job.subject_id) / "photos"
+            # The place of the photos again, for the data folder may have been moved.
+            argv = ("--resume", str(self.folder.of("runs", id)), "--data.subject", str(photos))
             latents = self.folder.of("latents", job.subject_id)
             log = self.folder.of("logs", id, ".log")
             try:

@@ -82,7 +82,7 @@ class Forecasts:
         key = _key(config)
         with self._lock:
             known = self._known.get(key)
-        if known is not None and known.step_s is None:
+        if known is not None:
             known = self._timed(key, known, config)
         with self._lock:
             if known is not None:
@@ -112,7 +112,7 @@ class Forecasts:
             self._thread.join()
 
     def _timed(self, key: str, known: Forecast, config: DreamboothConfig) -> Forecast | None:
-        """A forecast without a time, with what runs have told since; None: to be made anew."""
+        """A forecast with what runs have told since; None: it is to be made anew."""
         step_s, origin = self._earlier(config)
         if step_s is None:
             return None if known.origin == WAITS and not self._busy() else known

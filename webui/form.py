@@ -26,11 +26,13 @@ class Control:
         make: makes the component, given the texts and marks that all have in common.
         show: a value of the config, as the component takes it.
         read: what the component holds, as an override.
+        limits: whether to say what is allowed; components to choose from show it.
     """
 
     make: Callable[..., Component]
     show: Callable[[Any], Any]
     read: Callable[[Any], Any]
+    limits: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def make_field(key: Key, config: DreamboothConfig, label: str = "", elem_id: str
     component = control.make(
         value=control.show(get_key(config, key.name)),
         label=name if key.unit is None or name.endswith(key.unit) else f"{name} ({key.unit})",
-        info=f"{key.help} Allowed: {key.allowed}.",
+        info=key.help + (f" Allowed: {key.allowed}." if control.limits else ""),
         elem_id=elem_id or f"setting-{key.name.replace('.', '-')}",
     )
     return Field(key, control, component)
@@ -178,7 +180,7 @@ def number(type_: type, empty: bool) -> Control:
             return None if empty else ""  # the schema says what is allowed instead
         return int(given) if type_ is int and float(given).is_integer() else given
 
-    return Control(make, lambda value: value, read)
+    return Control(make, lambda value: value, read, limits=True)
 
 
 def _text(empty: bool) -> Control:
@@ -196,5 +198,8 @@ _CHECKBOX = Control(lambda **common: gr.Checkbox(**common), lambda value: value,
 
 # What takes values of several kinds is written as on the command line.
 _WRITTEN = Control(
-    lambda **common: gr.Textbox(max_lines=1, **common), spell, lambda given: (given or "").strip()
+    lambda **common: gr.Textbox(max_lines=1, **common),
+    spell,
+    lambda given: (given or "").strip(),
+    limits=True,
 )

@@ -107,8 +107,8 @@ def loss_svg(points: Sequence[tuple[int, float]], steps: int | None) -> str:
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     mean = points[0][1]
     smooth: list[tuple[int, float]] = []
-    for step, loss in points:
-        mean += 0.15 * (loss - mean)
+    for count, (step, loss) in enumerate(points, start=1):
+        mean += max(0.15, 1 / count) * (loss - mean)
         smooth.append((step, mean))
     return smooth
 
