@@ -308,6 +308,7 @@ class Subjects:
         for id in found:
             if not self._is_training(id):
                 self._erase(id)
+        forget_deleted_rows(self.sessions)  # also of what was changed since
 
     def tidy(self) -> None:
         """Remove what a crash left half done: files that no photo stands for."""

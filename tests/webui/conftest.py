@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from webui.paths import DataFolder, new_id
 from webui.studio import Studio
@@ -53,7 +55,18 @@ def subject(studio, upload) -> SubjectView:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """Run folder of two steps of ``nora-dreambooth`` on mini. Copy it; do not change it."""
-    run = tmp_path_factory.mktemp("finished") / "run"
+    # One for all processes of a test run.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    run = shared / "finished-run"
+    with FileLock(shared / "finished-run.lock"):
+        if not (run / "README.md").is_file():
+            _train(run)
+    return run
+
+
+def _train(run: Path) -> None:
     settings = {
         "output.dir": run,
         "data.subject": ROOT / "sample_data" / "subject",
@@ -67,4 +80,3 @@ def finished_run(tmp_path_factory) -> Path:
     overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-c", "from nora_diffusion.cli import *; main_dreambooth()"]
     subprocess.run([*command, "mini", *overrides], cwd=ROOT, check=True, capture_output=True)
-    return run
