@@ -114,6 +114,11 @@ def make_recipe(
         found = load_config(shipped_configs()[config], tokens, preset)
     except ConfigError as error:
         problems += error.problems
+    if found is not None and found.model.family not in ("auto", *FAMILIES):
+        problems.append(
+            f'model.family = {quote(found.model.family)[:200]}: use "auto" or one of '
+            f"{', '.join(FAMILIES)}"
+        )
     if found is not None and not local_bases:
         problems += _refuse_local(found.model.base, run.parent.parent)
     if found is None or problems:

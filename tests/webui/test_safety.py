@@ -55,7 +55,9 @@ class Caller:
     heard: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        # A connection that is kept may end between two requests when the machine is slow.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=self.url, timeout=60, limits=limits)
         login = {"username": self.name, "password": PASSWORD}
         assert self.http.post("/login", data=login).status_code == 200
 
@@ -698,6 +700,11 @@ MADE = """() => [...document.querySelectorAll(
 )].map(element => element.outerHTML.slice(0, 200))"""
 
 
+OPEN_ALL = """() => document.querySelectorAll('button.label-wrap:not(.open)').forEach(
+    closed => closed.offsetParent && closed.click()
+)"""
+
+
 @pytest.fixture(scope="module")
 def seen(world) -> Seen:
     if not CHROMIUM.is_file():
@@ -729,8 +736,7 @@ def seen(world) -> Seen:
 
         def look(where: str) -> None:
             page.wait_for_timeout(1500)
-            for closed in page.locator("button.label-wrap:not(.open):visible").all():
-                closed.click()
+            page.evaluate(OPEN_ALL)
             page.wait_for_timeout(500)
             found.texts[where] = page.inner_text("body")
             found.made += page.evaluate(MADE)
