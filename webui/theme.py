@@ -65,9 +65,10 @@ footer { display: none !important; }
 .n-actions button:focus-visible { outline: 2px solid var(--primary-600); outline-offset: 1px; }
 .n-facts { display: flex; flex-wrap: wrap; gap: 1rem; }
 .n-facts img { width: 128px; height: 128px; object-fit: cover; border-radius: 6px; }
-.n-facts table { border-collapse: collapse; font-size: .9rem; }
-.n-facts th { text-align: left; font-weight: 400; opacity: .75; padding: .1rem 1rem .1rem 0; }
-.n-facts td { overflow-wrap: anywhere; }
+.n-facts dl { margin: 0; font-size: .9rem; flex: 1 1 14rem; }
+.n-facts dl div { display: flex; gap: 1rem; padding: .1rem 0; }
+.n-facts dt { opacity: .75; flex: 0 0 7rem; }
+.n-facts dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 #subject-preview figure { margin: 0; }
 #subject-preview img { max-width: min(100%, 512px); border-radius: 6px; }
 #subject-preview .n-pixels img { width: 256px; image-rendering: pixelated; }
@@ -89,6 +90,9 @@ footer { display: none !important; }
 .dark .run progress::-moz-progress-bar { background: #14b8a6; }
 .run-facts { font-variant-numeric: tabular-nums; }
 .run p { margin: .4rem 0 0; white-space: pre-line; overflow-wrap: anywhere; }
+#train-advanced .label-wrap span { text-align: left; }
+#train-queue .wrap { flex-direction: column; align-items: stretch; }
+#train-queue label { overflow-wrap: anywhere; }
 .run-empty p { margin: .25rem 0 0; }
 .loss svg { width: 100%; height: auto; }
 .loss text { font-size: 11px; fill: currentColor; opacity: .75; }

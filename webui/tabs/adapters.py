@@ -21,6 +21,11 @@ from webui.tabs.pieces import Action, action_list, actions, card, cards, day, no
 Values = Mapping[Component, Any]
 Updates = dict[Any, Any]
 
+LAYOUTS: dict[Layout, str] = {
+    "native": "NoRA file",
+    "diffusers": "LoRA (diffusers)",
+    "kohya": "LoRA (kohya)",
+}
 CARD_LIMIT_LETTERS = 20_000
 # The file lies in Gradio's cache by then; a link that is clicked here needs no second click.
 DOWNLOAD_JS = """file => {
@@ -51,8 +56,8 @@ class _AdaptersTab:
                 )  # fmt: skip
                 self.listed = action_list("adapters-list", "Adapters")
             with gr.Column(scale=5, min_width=300):
-                self.status = gr.HTML(elem_id="adapters-status")
                 self._make_details()
+                self.status = gr.HTML(elem_id="adapters-status")
                 self._make_import()
                 with gr.Accordion("Bin", open=False):
                     self.bin = action_list("adapters-bin", "Bin")
@@ -66,31 +71,32 @@ class _AdaptersTab:
         with gr.Column(visible=False) as self.details:
             with gr.Row():
                 self.downloads: dict[Layout, gr.Button] = {
-                    "native": gr.Button("Download", size="sm", elem_id="adapters-download-native"),
-                    "diffusers": gr.Button(
-                        "LoRA (diffusers)", size="sm", elem_id="adapters-download-diffusers"
-                    ),
-                    "kohya": gr.Button(
-                        "LoRA (kohya)", size="sm", elem_id="adapters-download-kohya"
-                    ),
+                    layout: gr.Button(
+                        label, min_width=90, size="md", elem_id=f"adapters-download-{layout}"
+                    )
+                    for layout, label in LAYOUTS.items()
                 }
             self.file = gr.File(label="Download", visible="hidden")
-            with gr.Row(equal_height=True):
-                self.name = gr.Textbox(label="Name", scale=3, elem_id="adapters-name")
-                self.rename = gr.Button("Rename", scale=1, min_width=90, elem_id="adapters-rename")
             with gr.Accordion("Model card", open=False):
                 self.card = gr.Textbox(
                     label="README.md", lines=12, max_lines=24, interactive=False,
                     elem_id="adapters-card",
                 )  # fmt: skip
-            self.delete = gr.Button("Delete", size="sm", elem_id="adapters-delete")
+            self.name = gr.Textbox(label="Name", elem_id="adapters-name")
+            with gr.Row():
+                self.rename = gr.Button(
+                    "Rename", min_width=90, size="md", elem_id="adapters-rename"
+                )
+                self.delete = gr.Button(
+                    "Delete", min_width=90, size="md", elem_id="adapters-delete"
+                )
 
     def _make_import(self) -> None:
         known = [(label, name) for name, label in bases().items()]
         with gr.Accordion("Import a file", open=False):
             self.upload = gr.File(
-                label="NoRA or LoRA, one .safetensors file of at most 1 GB",
-                height=120,
+                label="NoRA or LoRA, .safetensors",
+                height=150,
                 elem_id="adapters-import",
             )
             self.base = gr.Dropdown(
@@ -197,7 +203,7 @@ class _AdaptersTab:
             self.details: gr.update(visible=opened is not None),
             self.name: opened.name if opened else "",
             self.card: _card_text(opened),
-            self.downloads["native"]: "NoRA file" if is_nora else "LoRA file",
+            self.downloads["native"]: LAYOUTS["native"] if is_nora else "LoRA file",
             self.downloads["diffusers"]: gr.update(visible=is_nora),
             self.downloads["kohya"]: gr.update(visible=is_nora),
         }
@@ -242,20 +248,20 @@ def _facts_html(adapter: AdapterView | None, any: bool) -> str:
         "Family": adapter.family,
         "Trigger word": adapter.trigger,
         "Class word": adapter.class_name,
-        "Rank": _rank(adapter),
+        "Rank": _rank(adapter).removeprefix("rank "),
         "Steps": None if adapter.steps is None else f"{adapter.steps:,}",
         "Last loss": None if adapter.loss is None else f"{adapter.loss:.4f}",
         "Size": _size(adapter.size_bytes),
         "Made": day(adapter.created_at),
     }
-    told_rows = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{as_text(str(value))}</td></tr>"
+    listed = "".join(
+        f"<div><dt>{name}</dt><dd>{as_text(str(value))}</dd></div>"
         for name, value in rows.items()
         if value
     )
     image = picture(adapter.thumbnail, f"A picture made with {adapter.name}")
     title = f"<h2>{as_text(adapter.name)}</h2>"
-    return f'{title}<div class="n-facts">{image}<table>{told_rows}</table></div>'
+    return f'{title}<div class="n-facts">{image}<dl>{listed}</dl></div>'
 
 
 def _numbers(adapter: AdapterView) -> str:

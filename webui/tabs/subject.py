@@ -66,7 +66,7 @@ class _SubjectTab:
             label=RIGHTS, info="Asked once.", visible=False, elem_id="subject-rights"
         )
         self.files = gr.File(
-            label=f"Photos: {FEW} to {SUBJECT_LIMIT} of one subject (JPEG, PNG, WebP, HEIC)",
+            label=f"{FEW} to {SUBJECT_LIMIT} photos",
             file_count="multiple",
             height=150,
             elem_id="subject-files",
