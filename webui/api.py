@@ -140,7 +140,7 @@ def add_endpoints(studio: Studio) -> None:
         of.download,
     ):  # fmt: skip
         gr.api(_checked(method), api_name=method.__name__)
-    gr.api(_checked(of.sample), api_name="sample", concurrency_id=SAMPLING, concurrency_limit=8)
+    gr.api(_checked(of.sample), api_name="sample", concurrency_id=SAMPLING, concurrency_limit=1)
 
 
 class Endpoints:
@@ -262,7 +262,8 @@ class Endpoints:
                 seed=seed,
                 steps=steps,
                 guidance=guidance,
-            )
+            ),
+            owner=owner,
         )
         for file, settings in zip(drawn.files, drawn.settings, strict=True):
             self.studio.pictures.add(owner, file, settings)
