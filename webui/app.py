@@ -24,6 +24,7 @@ def build_app(studio: Studio) -> gr.Blocks:
         fill_width=False,
         delete_cache=(3600, 86400),  # seconds: every hour what is older than a day, and at the end
     ) as app:
+        api.add_endpoints(studio)  # first: a handler of a tab would else take the name of one
         gr.HTML(HEADER)
         with gr.Tabs(elem_id="tabs"):
             for name, module in TABS.items():
@@ -37,5 +38,4 @@ def build_app(studio: Studio) -> gr.Blocks:
                         api_visibility="private",
                         show_progress="hidden",
                     )
-        api.add_endpoints(studio)
     return app
