@@ -107,6 +107,9 @@ footer { display: none !important; }
 .forecast pre { font-size: .8rem; overflow-x: auto; margin: .3rem 0; }
 .problem { white-space: pre-line; overflow-wrap: anywhere; color: #b91c1c; }
 .dark .problem { color: #fca5a5; }
+#create-results .grid-wrap, #create-gallery .grid-wrap { max-height: none; padding-top: 2.2rem; }
+#create-gallery .caption-label { display: none; }
+.create-note p { margin: 0 0 .25rem; overflow-wrap: anywhere; }
 """
 
 HEADER = (

@@ -116,12 +116,7 @@ def _can_fold(layer: Any, adapter_name: str) -> bool:
     if isinstance(layer, NoraLayer):
         law = layer.nora_config[adapter_name].timestep_rank
         return law is None and layer.quantization_backend is None
-    plain = not getattr(layer, "lora_bias", {}).get(adapter_name, False)
+    plain = adapter_name not in getattr(layer, "lora_variant", {adapter_name})  # no DoRA, say
+    bias = getattr(layer, "lora_bias", {}).get(adapter_name, False)
     weight = getattr(layer.get_base_layer(), "weight", None)
-    return (
-        plain
-        and layer.supports_lora_conversion(adapter_name)
-        and hasattr(layer, "get_delta_weight")
-        and isinstance(weight, Tensor)
-        and weight.is_floating_point()
-    )
+    return plain and not bias and isinstance(weight, Tensor) and weight.is_floating_point()

@@ -155,7 +155,7 @@ class _CreateTab:
                     )
                 self.restore = gr.File(
                     label="Drop a picture made here to get its settings back",
-                    file_types=[".png"], height=110, elem_id="create-restore",
+                    file_types=[".png"], height=150, elem_id="create-restore",
                 )  # fmt: skip
 
     # --- events
@@ -166,7 +166,7 @@ class _CreateTab:
             self.base, self.prompt, self.compare, self.sweep, self.told, self.order,
             self.basis, self.steps, self.guidance, *self.strengths,
         ]  # fmt: skip
-        for event in (self.adapters.change, self.base.change):
+        for event in (self.adapters.input, self.base.input):
             event(reported(self._on_choice), self.form, adapter_parts, **quiet)
         self.dice.click(lambda: random.randrange(2**31), None, self.seed, **quiet)
         self.prompt.focus(self.studio.sampler.prepare, None, None, **quiet)
@@ -229,8 +229,8 @@ class _CreateTab:
         if drawn.sheet is not None:
             self.studio.pictures.add(owner, drawn.sheet, drawn.sheet_settings)
         shown = list(zip(map(str, drawn.files), map(_caption, drawn.settings), strict=True))
-        if drawn.sheet is not None:
-            shown = [(str(drawn.sheet), _sheet_caption(strengths)), *shown]
+        if drawn.sheet is not None:  # its pictures are in the gallery
+            shown = [(str(drawn.sheet), _sheet_caption(strengths))]
         columns = 1 if len(shown) == 1 else 2
         return {
             self.results: gr.update(value=shown, columns=columns, selected_index=None),
