@@ -8,5 +8,6 @@ setup(
     package_data={
         "nora_diffusion": ["assets/**/*", "**/*.toml"],
         "nora_diffusion.configs": ["**/*.toml", "**/*.yaml"],
+        "webui": ["migrations/*.mako"],
     },
 )

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shlex
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from nora_diffusion.settings import part_overrides
 def run(argv: Sequence[str]) -> int:
     """Parse and run one ``nora`` command; returns its exit code."""
     given = argparse.Namespace(argv=list(argv), overrides=[])
+    if list(argv[:1]) == ["webui"]:  # a program of its own: this package knows nothing of it
+        return _webui(argv[1:])
     if list(argv[:1]) == ["campaign"]:
         argv, given.overrides = part_overrides(argv)
     args = _parser().parse_args(argv, given)
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
 
+    command("webui", lambda _: 0, "serve the web app on this machine (nora webui --help)")
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
 
@@ -149,6 +154,11 @@ def _choices(name: str) -> tuple[str, ...]:
     """The choices of a key of the schema."""
     key = next(key for key in list_keys(DreamboothConfig) if key.name == name)
     return typing.get_args(key.field.annotation)
+
+
+def _webui(argv: Sequence[str]) -> int:
+    # In place of this process, so that a signal to the command is one to the app.
+    os.execv(sys.executable, [sys.executable, "-m", "webui", *argv])
 
 
 def _sample(args: argparse.Namespace) -> int:

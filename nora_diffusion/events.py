@@ -97,18 +97,32 @@ def read_events(path: str | Path) -> list[Event]:
     A last line still being written, or cut short by a crash, is left out. So is any other line that
     is no event, with a warning.
     """
+    return read_new_events(path, 0)[0]
+
+
+def read_new_events(path: str | Path, start: int) -> tuple[list[Event], int]:
+    """The events after byte ``start``, as ``read_events`` reads them, and where the next begin.
+
+    Args:
+        path: of the log; it may not exist yet.
+        start: 0, or what an earlier call returned.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read()
     except FileNotFoundError:
-        return []
+        return [], start
+    whole = data.rfind(b"\n") + 1  # after the last newline: a torn line
     events: list[Event] = []
-    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: a torn line
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         event = _parse(line)
         if event is None:
-            warnings.warn(f"{path}, line {number}: not an event: {line[:80]!r}", stacklevel=2)
+            where = f"line {number}" + (f" after byte {start}" if start else "")
+            warnings.warn(f"{path}, {where}: not an event: {line[:80]!r}", stacklevel=2)
         else:
             events.append(event)
-    return events
+    return events, start + whole
 
 
 def _parse(line: bytes) -> Event | None:

@@ -1,10 +1,11 @@
-"""``--preset``: settings for a card of a given size, each with the reason for it.
+"""What is chosen for the user: settings for a card of a given size, steps for so many photos.
 
-A preset goes before the config file and after the command line. This table is all there is to one:
-help, ``docs/config.md`` and ``--dry-run`` are made from it.
+A preset (``--preset``) goes before the config file and after the command line. The table here is
+all there is to one: help, ``docs/config.md`` and ``--dry-run`` are made from it.
 """
 
 import difflib
+import math
 from typing import Any, NamedTuple
 
 from nora_diffusion.settings import ConfigError, quote
@@ -97,3 +98,25 @@ def find_preset(name: str) -> tuple[Choice, ...]:
     problem = f"--preset = {quote(name)}: unknown; the presets are {', '.join(PRESETS)}"
     problem += f"; did you mean {near[0]}?" if near else ""
     raise ConfigError([problem], "the command line")
+
+
+STEPS_A_PHOTO = 100
+"""Steps with one picture each: what LoRA trainers commonly give a photo."""
+
+FEWEST, MOST = 400, 2000
+"""Fewer teach hardly anything from one or two photos; more than this only memorise them."""
+
+
+def auto_steps(photos: int, pictures_a_step: int) -> int:
+    """Optimiser steps for a subject, rounded up to tens.
+
+    The noise of a gradient falls with the square root of the pictures in it, and an Adam step is as
+    long as before, so n pictures a step are worth sqrt(n) steps rather than n (the square-root
+    scaling rule, Malladi et al. 2022, arXiv 2205.10287, turned from the rate to the steps).
+
+    Args:
+        photos: of all subjects, at least 1.
+        pictures_a_step: batch size times passes a step, at least 1.
+    """
+    steps = math.ceil(STEPS_A_PHOTO * photos / math.sqrt(pictures_a_step) / 10) * 10
+    return min(MOST, max(FEWEST, steps))

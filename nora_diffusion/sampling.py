@@ -28,6 +28,7 @@ from nora_diffusion.families.base import (
     resolve_dtype,
 )
 from nora_diffusion.families.encoding import check_seeds
+from nora_diffusion.families.safety import attach_safety_checker, screened
 from nora_diffusion.settings import read_toml
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -103,7 +104,7 @@ def sample_to_folder(
         "adapter": "/".join(path.resolve().parts[-2:]),
         "adapter_checksum": info["checksum"],
         "adapter_weight": weight,
-        "base": _shown_base(family.components.base),
+        "base": shown_base(family.components.base),
         "family": family.name,
     }
     return _write_pictures(Path(out), texts, seeds, rows, made_with)
@@ -150,6 +151,8 @@ def load_adapted(
 ) -> Family:
     """Load an adapter on its base model, ready for ``sample_prompts``; arguments as above.
 
+    A safety checker that the base has is kept: pictures it objects to come out black.
+
     Raises:
         UserError: when no base is known or the device is missing.
         AdapterFileError: when the adapter does not fit the base.
@@ -160,6 +163,7 @@ def load_adapted(
         raise UserError(f"{path}: it does not name its base model; give one with --base")
     where = resolve_device(device)
     family = load_family(base, dtype=resolve_dtype(dtype, where), device=where)
+    attach_safety_checker(family)
     load_adapter(family.components.pipeline, path, weight=weight)
     return family
 
@@ -202,7 +206,7 @@ def sample_conditioning(
     images: list[Image.Image] = []
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
-        images += family.sample(
+        drawn = family.sample(
             conditioning.select([row for row, _ in batch]),
             negative.repeat(len(batch)),
             [seed for _, seed in batch],
@@ -211,6 +215,7 @@ def sample_conditioning(
             width_px=width,
             height_px=height,
         )
+        images += screened(family, drawn)
     columns = len(seeds)
     return [images[row * columns : (row + 1) * columns] for row in range(len(conditioning))]
 
@@ -264,7 +269,7 @@ def _free(path: Path) -> Path:
     return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
-def _shown_base(base: str) -> str:
+def shown_base(base: str) -> str:
     """A base's name for others to read: of a local one its file or folder alone."""
     return Path(base).name if Path(base).is_absolute() else base
 

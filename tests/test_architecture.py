@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "data.buckets": BASE,
     "data.captions": BASE,
     "data.masks": BASE,
-    "data.images": BASE | {"data.captions", "data.masks"},
+    "data.quality": set(),
+    "data.images": BASE | {"data.captions", "data.masks", "data.quality"},
     "data.dataset": BASE | {"data.images", "data.buckets", "data.masks"},
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
@@ -65,7 +66,9 @@ MAY_IMPORT = {
         "campaign",
     },
     "cli": BASE | {"commands", "data", "train"},
-    "webui": BASE | {"families", "webui"},
+    "webui.worker": BASE
+    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "webui.protocol"},
+    "webui": BASE | {"families", "data.images", "data.survey", "data.buckets", "webui"},
 }
 """Module or package (the longest name that fits) to the modules and packages it may import."""
 

@@ -267,6 +267,11 @@ class Conv2d(NoraLayer):
     def _conv(self) -> Any:
         return self.get_base_layer()
 
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution; PEFT's LoRA asks for them when it comes on top of this."""
+        return self._conv().groups
+
     def _matrix_shape(self) -> tuple[int, int]:
         rows, *columns = self._conv().weight.shape
         return rows, math.prod(columns)

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from nora_diffusion.config import UserError
 from nora_diffusion.data.captions import read_captions
 from nora_diffusion.data.masks import find_masks
+from nora_diffusion.data.quality import sharpness
 from nora_diffusion.disk import is_temporary
 
 SUBJECT_LIMIT = 20
@@ -42,6 +43,7 @@ class Photo:
         digest: SHA-256 of the file's bytes, in hex.
         caption: see ``captions``, or None.
         look: 64 bits that hardly change when the picture is scaled or compressed again.
+        sharpness: see ``quality``, or None.
         mask: file that says what of it is to be learnt, or None.
         transparent: whether it has transparent places, which are a mask as well.
     """
@@ -51,6 +53,7 @@ class Photo:
     digest: str
     caption: str | None = None
     look: int | None = None
+    sharpness: float | None = None
     mask: Path | None = None
     transparent: bool = False
 
@@ -118,9 +121,9 @@ def read_photos(
     paths = sorted(path for path in folder.iterdir() if not is_temporary(path))
     masks = find_masks(folder, (path for path in paths if path.is_file()))
     for path in paths:
-        found = _examine(path) if path not in masks else ""
-        if isinstance(found, Photo):
-            photos.append(found)
+        found = examine(path) if path not in masks else ""
+        if isinstance(found, tuple):
+            photos.append(found[0])
         elif found:
             skipped.append(Skipped(path, found))
     captions, used = read_captions([photo.path for photo in photos])
@@ -206,7 +209,7 @@ def look_of(image: Image.Image) -> int:
 
 def _read(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
     """The picture as ``read_image`` gives it, and its opacity in mode L where it is not whole."""
-    _register_heic()
+    register_heic()
     with warnings.catch_warnings():
         # Pillow warns from half its limit on and refuses above it; only the refusal counts here.
         warnings.simplefilter("ignore")
@@ -234,8 +237,8 @@ def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
     return mask.resize(size, Image.Resampling.BILINEAR) if mask.size != size else mask
 
 
-def _examine(path: Path) -> Photo | str:
-    """The photo in a file, or why there is none."""
+def examine(path: Path) -> tuple[Photo, Image.Image] | str:
+    """The photo in a file, without caption and mask, and its pixels; or why there is none."""
     if path.is_dir():
         return "a folder"
     if not path.is_file():
@@ -246,7 +249,7 @@ def _examine(path: Path) -> Photo | str:
             return "empty (0 bytes)"
         image, opacity = _read(path)
     except UnidentifiedImageError:
-        if path.suffix.lower() in {".heic", ".heif"} and not _register_heic():
+        if path.suffix.lower() in {".heic", ".heif"} and not register_heic():
             return "HEIC is read only with pillow-heif; run: pip install pillow-heif"
         return "not an image"
     except Image.DecompressionBombError:
@@ -256,13 +259,15 @@ def _examine(path: Path) -> Photo | str:
         return "no permission to read it"
     except Exception as error:  # Pillow's readers raise all kinds of errors on broken files
         return f"broken ({error or type(error).__name__})"
-    return Photo(
+    photo = Photo(
         path,
         image.size,
         hashlib.sha256(data).hexdigest(),
         look=look_of(image),
+        sharpness=sharpness(image),
         transparent=opacity is not None,
     )
+    return photo, image
 
 
 def _found(skipped: Sequence[Skipped]) -> str:
@@ -270,7 +275,8 @@ def _found(skipped: Sequence[Skipped]) -> str:
 
 
 @cache
-def _register_heic() -> bool:
+def register_heic() -> bool:
+    """Let Pillow read HEIC; False where pillow-heif is not installed."""
     try:
         heif = importlib.import_module("pillow_heif")
     except ImportError:

@@ -5,11 +5,14 @@ Found under the names that other trainers' users have: ``NAME-masklabel.png`` (O
 folder), else the photo's own transparency.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "masks"
 """Folder beside the photos whose pictures are masks of those of the same name."""
@@ -55,5 +58,7 @@ def latent_weights(mask: Tensor, size: tuple[int, int], background: float) -> Te
         size: h and w; each place gets the mean of the pixels it stands for.
         background: weight of what the mask leaves out, 0 to 1.
     """
-    share = torch.nn.functional.adaptive_avg_pool2d(mask[None].float(), size)
+    from torch.nn.functional import adaptive_avg_pool2d  # photos are found without torch
+
+    share = adaptive_avg_pool2d(mask[None].float(), size)
     return background + (1 - background) * share

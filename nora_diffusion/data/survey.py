@@ -5,6 +5,7 @@ from itertools import combinations
 
 from nora_diffusion.data.buckets import Size, cut_share, enlargement
 from nora_diffusion.data.images import Photo, Skipped, describe_skipped
+from nora_diffusion.data.quality import BLURRED
 
 WORTH_SAYING = 0.02
 """Shares cut off and enlargements up to this are left unsaid."""
@@ -33,9 +34,11 @@ def survey(
         masks: whether masks are used.
     """
     lines = [f"{_count(len(photos), 'photo')} in {folder}{_extras(photos, captions, masks)}"]
-    for photo, target in zip(photos, targets or (), strict=targets is not None):
-        told = _told(photo, target)
-        lines += [f"  {photo.path.name}: {told}"] if told else []
+    for photo, target in zip(photos, targets or [None] * len(photos), strict=True):
+        told = [_told(photo, target)] if target else []
+        told += ["blurred"] if is_blurred(photo) else []
+        told = [text for text in told if text]
+        lines += [f"  {photo.path.name}: {', '.join(told)}"] if told else []
     lines += [f"  {a} and {b}: nearly the same picture" for a, b in near_duplicates(photos)]
     if targets and len(set(targets)) > 1:
         sizes = {size: targets.count(size) for size in dict.fromkeys(targets)}
@@ -53,6 +56,11 @@ def near_duplicates(photos: Sequence[Photo]) -> list[tuple[str, str]]:
         for a, b in combinations(photos, 2)
         if a.digest == b.digest or _looks_differ(a, b) <= SAME_LOOK_BITS
     ]
+
+
+def is_blurred(photo: Photo) -> bool:
+    """Whether a photo shows hardly any detail; see ``quality``."""
+    return photo.sharpness is not None and photo.sharpness < BLURRED
 
 
 def _looks_differ(a: Photo, b: Photo) -> int:

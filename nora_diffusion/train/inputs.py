@@ -358,16 +358,24 @@ def _class_folder(
 
 def _encode_pictures(cfg: DreamboothConfig, family: Family, dataset: Dataset) -> list[Tensor]:
     """(C, h, w) latents of each item, on the CPU."""
-    cache = cache_dir() if cfg.data.cache else None
     with family.components.placed("vae"):
         latents = encode_items(
             dataset.items,
             family.encode_images,
             resolution_px=cfg.data.resolution_px or family.resolution_px,
             model=encoder_identity(family),
-            folder=None if cache is None else cache / "latents",
+            folder=_latents_folder() if cfg.data.cache else None,
         )
     return [latents[item.image_id] for item in dataset.items]
+
+
+def _latents_folder() -> Path | None:
+    """Where encoded pictures are kept: ``NORA_LATENTS_DIR``, else in the cache; None: nowhere."""
+    chosen = os.environ.get("NORA_LATENTS_DIR")
+    if chosen is not None:
+        return Path(chosen).expanduser() if chosen else None
+    cache = cache_dir()
+    return None if cache is None else cache / "latents"
 
 
 def encoder_identity(family: Family) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 import pytest
 
+from nora_diffusion import presets
 from nora_diffusion.config import load_config, load_run
 from nora_diffusion.events import read_events
-from nora_diffusion.train import dreambooth, steps
+from nora_diffusion.presets import auto_steps
+from nora_diffusion.train import dreambooth
 from nora_diffusion.train.common import TrainingInterrupted
-from nora_diffusion.train.steps import auto_steps, resolve_steps
+from nora_diffusion.train.steps import resolve_steps
 from tests.train.test_dreambooth import assert_same, interrupt, trained
 
 
@@ -51,8 +53,8 @@ def test_a_number_is_left_alone(make_config):
 def test_a_run_begins_with_auto_and_goes_on_with_the_number(
     make_config, tmp_path, subject, calls, capsys, monkeypatch
 ):
-    monkeypatch.setattr(steps, "FEWEST", 7)  # 400 tiny steps take too long
-    monkeypatch.setattr(steps, "STEPS_A_PHOTO", 1)
+    monkeypatch.setattr(presets, "FEWEST", 7)  # 400 tiny steps take too long
+    monkeypatch.setattr(presets, "STEPS_A_PHOTO", 1)
     own = tmp_path / "photos"
     own.mkdir()
     for path in subject.iterdir():
@@ -70,7 +72,7 @@ def test_a_run_begins_with_auto_and_goes_on_with_the_number(
     with pytest.raises(TrainingInterrupted):
         dreambooth.run(make_config(**sections))
     assert load_run(tmp_path / "run").train.steps == 10
-    monkeypatch.setattr(steps, "STEPS_A_PHOTO", 9)  # another rule, or more photos since
+    monkeypatch.setattr(presets, "STEPS_A_PHOTO", 9)  # another rule, or more photos since
     dreambooth.run(load_run(tmp_path / "run"), resume=True)
     assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["step"] == 10
