@@ -174,8 +174,7 @@ def pair(tmp_path_factory, base, photos) -> Pair:
         jobs[name] = Job([write(make(name, **sections), folder / f"{name}.toml")])
     dropout = {**EVERYTHING, "adapter": {**EVERYTHING["adapter"], "dropout": 0.2}}
     for name in ("whole", "parts"):
-        source = write(make(name, **dropout), folder / f"{name}.toml")
-        jobs[name] = Job([source])
+        jobs[name] = Job([write(make(name, **dropout), folder / f"{name}.toml")])
     # A step is four calls in each process: two passes, each for the subject and the prior.
     jobs["parts"].signals = ((1, 4 + 2, signal.SIGTERM),)  # in the second step, to one of them
     resume = ["--resume", str(folder / "parts")]
@@ -267,9 +266,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began(pair):
 def test_a_killed_process_ends_the_other_and_leaves_a_checkpoint(make_config, tmp_path, victim):
     cfg = make_config(train={"steps": 50, "batch_size": 1, "checkpoint_every": 2})
     job = Job([write(cfg, tmp_path / "c.toml")], ((victim, 4, signal.SIGKILL),))
-    started = time.monotonic()
     outcomes = launch([job], tmp_path / "launch")
-    assert time.monotonic() - started < 120
     assert outcomes[victim].code == -signal.SIGKILL
     ((code, _),) = outcomes[1 - victim].jobs
     assert code == 2
@@ -282,8 +279,9 @@ def test_a_killed_process_ends_the_other_and_leaves_a_checkpoint(make_config, tm
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint and checkpoint.step == 2
     if victim:
-        last = read_events(tmp_path / "run" / "events.jsonl")[-1]
+        *_, saved, last = read_events(tmp_path / "run" / "events.jsonl")
         assert last["event"] == "error" and "has gone" in str(last["message"])
+        assert last["time"] - saved["time"] < 60
 
 
 # ---- what is split, and what the launcher asks for ------------------------------------------
