@@ -86,7 +86,7 @@ class _TrainTab:
         with gr.Row():
             self.preset = gr.Dropdown(
                 [("as the base model has it", ""), *((_card(name), name) for name in PRESETS)],
-                value="", label="Memory preset", elem_id="train-preset", min_width=140,
+                value="", label="Memory preset", elem_id="train-preset", min_width=180,
             )  # fmt: skip
             self.steps = gr.Number(
                 config.train.total_steps, label="Steps", elem_id="train-steps", min_width=140
