@@ -18,6 +18,8 @@ from tests.webui.test_jobs import SHORT, ended, wait
 from webui.forecast import LIMIT_S, Forecast
 from webui.jobs import JobView
 from webui.models import Job
+from webui.paths import DataFolder
+from webui.studio import Studio
 from webui.tabs.run_view import (
     duration,
     forecast_html,
@@ -31,10 +33,18 @@ NOBODY = cast(gr.Request, SimpleNamespace(username=None))
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
-@pytest.fixture
-def tab(studio):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> _TrainTab:
+    """Some seventy components take a while to make."""
+    studio = Studio.open(DataFolder.open(tmp_path_factory.mktemp("built")))
     with gr.Blocks(), gr.Tab("Train"):
         return _TrainTab(studio)
+
+
+@pytest.fixture
+def tab(built, studio) -> _TrainTab:
+    built.studio = studio
+    return built
 
 
 class Page:
