@@ -345,6 +345,8 @@ def _phase(job: Job, progress: Progress) -> str:
     last = progress.last
     if last is None or last["time"] < (job.started_at or 0.0):
         return "Starts: loading the base model takes a while."
+    if last["event"] in ("error", "stopped", "done"):
+        return "Ends."
     if last["event"] == "data":
         return "Encodes the photos and prepares the adapter."
     if job.steps is not None and progress.step >= job.steps:

@@ -28,6 +28,8 @@ MEMORY_CURE = (
     "train.gradient_checkpointing, and start a new run."
 )
 
+BASE_CURE = " Check the name, or give weights that are on this machine."
+
 
 def start(folder: DataFolder, latents: Path, argv: Sequence[str], log: Path) -> subprocess.Popen:
     """Start the command in the data folder.
@@ -116,7 +118,7 @@ def explain_failure(code: int | None, error: str | None, output: str) -> str:
     if "out of memory" in output.lower() or "out of memory" in told.lower():
         return f"The GPU's memory is full. {MEMORY_CURE}"
     if told and "Traceback (most recent call last)" not in output:
-        return told
+        return told + (BASE_CURE if told.startswith("model.base = ") else "")
     last = told or next((line for line in reversed(output.splitlines()) if line.strip()), "")
     return (
         f"The run ended unexpectedly ({last.strip()[:300] or f'exit code {code}'}). The log has "

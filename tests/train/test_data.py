@@ -331,3 +331,13 @@ def test_the_report_on_photos_is_an_event_and_part_of_a_dry_run(
     assert main_dreambooth(argv) == 0
     out = capsys.readouterr().out
     assert all(f"# {line}" in out for line in message.splitlines())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_encoded_photos_are_kept_where_they_can_be_removed_alone(
+    make_config, tmp_path, monkeypatch, named
+):
+    monkeypatch.setenv("NORA_LATENTS_DIR", str(tmp_path / "latents") if named else "")
+    prepared(make_config(), tmp_path)
+    assert len(list((tmp_path / "latents").rglob("*.safetensors"))) == (3 if named else 0)
+    assert (tmp_path / "cache").is_dir() and not (tmp_path / "cache" / "latents").exists()

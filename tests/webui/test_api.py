@@ -103,6 +103,7 @@ def test_the_pages_fields_are_those_of_the_answers(client, subject):
         assert re.findall(r'"(\w+)"', told) == list(schema.get("items", schema)["properties"]), name
 
 
+@pytest.mark.slow
 def test_the_pages_script_uploads_trains_waits_samples_and_downloads(server, tmp_path):
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "learn.py").write_text(script, encoding="utf-8")

@@ -6,6 +6,7 @@ neither change nor be told to anybody.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import itertools
@@ -710,6 +711,7 @@ MADE = """() => [...document.querySelectorAll(
 )].map(element => element.outerHTML.slice(0, 200))"""
 
 
+SHOWS_ONE_OF = "tags => tags.some(tag => document.body.innerText.includes(tag))"
 OPEN_ALL = """() => document.querySelectorAll('button.label-wrap:not(.open)').forEach(
     closed => closed.offsetParent && closed.click()
 )"""
@@ -719,7 +721,7 @@ OPEN_ALL = """() => document.querySelectorAll('button.label-wrap:not(.open)').fo
 def seen(world) -> Seen:
     if not CHROMIUM.is_file():
         pytest.skip(f"needs Chromium at {CHROMIUM}")
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import TimeoutError, expect, sync_playwright
 
     found = Seen([], [], [], {}, False, [])
     with sync_playwright() as playwright:
@@ -745,7 +747,8 @@ def seen(world) -> Seen:
         page.wait_for_selector("#tabs")
 
         def look(where: str) -> None:
-            page.wait_for_timeout(1500)
+            with contextlib.suppress(TimeoutError):  # then the tests say what is missing
+                page.wait_for_function(SHOWS_ONE_OF, arg=list(TAGS[:2]), timeout=20_000)
             page.evaluate(OPEN_ALL)
             page.wait_for_timeout(500)
             found.texts[where] = page.inner_text("body")

@@ -239,10 +239,10 @@ class _CreateTab:
         }
 
     def _request(self, values: Values, owner: str) -> Request:
-        prompt = values[self.prompt].strip()
+        prompt = (values[self.prompt] or "").strip()
         if not prompt:
             raise UserError(f"prompt: write what to draw, such as “{_example(None)}”")
-        chosen = [self.studio.library.get(owner, id) for id in values[self.adapters]]
+        chosen = [self.studio.library.get(owner, id) for id in values[self.adapters] or []]
         self._check_one_base(chosen)
         weights = self._weights(values)
         adapters = tuple(
@@ -255,7 +255,7 @@ class _CreateTab:
             base=base,
             prompt=prompt,
             adapters=adapters,
-            negative_prompt=values[self.negative].strip(),
+            negative_prompt=(values[self.negative] or "").strip(),
             n=int(values[self.count]),
             seed=_whole(values[self.seed], "seed"),
             steps=int(values[self.steps]),

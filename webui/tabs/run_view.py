@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def listed(job: JobView, place: int) -> str:
         place: among the queued ones, from 1; 0 where it is not queued.
     """
     state = f"{place}. in the queue" if place else WORDS[job.state].lower()
-    return f"{job.name} on {Path(job.base).name or job.base}: {state}"
+    begun = time.strftime("%d %b %H:%M", time.localtime(job.created_at))
+    return f"{job.name} on {Path(job.base).name or job.base}, {begun}: {state}"
 
 
 def status_html(job: JobView | None) -> str:
@@ -150,9 +152,9 @@ def forecast_html(forecast: Forecast | None, steps: int, problem: str = "") -> s
             + "</pre></details>"
         )
     if forecast.step_s is not None:
-        time = duration(forecast.step_s * steps)
+        total = duration(forecast.step_s * steps)
         parts.append(
-            f"<p>Predicted time: about {time} for {steps} steps of {forecast.step_s:.2g} s. "
+            f"<p>Predicted time: about {total} for {steps} steps of {forecast.step_s:.2g} s. "
             f"{as_text(forecast.origin)} Loading and drawing samples come on top.</p>"
         )
     else:

@@ -22,7 +22,7 @@ def photos_html(subject: SubjectView, checks: Sequence[Check]) -> str:
     listed = f'<ul class="n-checks" role="status">{"".join(lines)}</ul>' if lines else ""
     if not subject.photos:
         return listed + note(
-            "No photos yet. Choose sharp ones of one thing alone, from several sides and in several "
+            "No photos yet. Choose sharp ones of one thing alone, from several sides, in several "
             "places: JPEG, PNG, WebP or HEIC."
         )
     figures = []

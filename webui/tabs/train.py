@@ -85,8 +85,8 @@ class _TrainTab:
         first.component.visible = False  # mini's are built in
         with gr.Row():
             self.preset = gr.Dropdown(
-                [("as the base model has it", ""), *((_card(name), name) for name in PRESETS)],
-                value="", label="Memory preset", elem_id="train-preset", min_width=140,
+                [("none", ""), *((_card(name), name) for name in PRESETS)],
+                value="", label="Memory preset", elem_id="train-preset", min_width=180,
             )  # fmt: skip
             self.steps = gr.Number(
                 config.train.total_steps, label="Steps", elem_id="train-steps", min_width=140
@@ -355,7 +355,7 @@ def _train(config: DreamboothConfig, overrides: Mapping[str, Any]) -> Any:
 
 
 def _card(preset: str) -> str:
-    return f"for a GPU of {preset.removesuffix('gb')} GB"
+    return f"{preset.removesuffix('gb')} GB GPU"
 
 
 def _needs(base: str) -> str:
