@@ -83,7 +83,8 @@ def test_modes_keep_their_brightness(tmp_path, mode):
         image = Image.fromarray(values).convert("RGB").convert(mode)
     assert image is not None and image.mode == mode
     path = tmp_path / ("a.png" if mode in ("1", "L", "LA", "P", "RGBA", "I;16") else "a.tiff")
-    image.save(path)
+    # Pillow 12.3 cannot read its own uncompressed YCbCr.
+    image.save(path, compression="tiff_deflate" if mode == "YCbCr" else None)
     dark, light = (0, 255) if mode == "1" else (64, 192)
     close(read_image(path), (1, 4), (dark,) * 3, 6)
     close(read_image(path), (6, 4), (light,) * 3, 6)
