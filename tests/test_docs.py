@@ -1,6 +1,7 @@
 """What the pages say is tested has a test of that name."""
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -42,3 +43,25 @@ def test_every_cell_of_the_load_matrix_has_its_proof_or_says_that_it_has_none():
             assert letters and letters <= proofs.keys(), (row, cell)
             used |= letters
     assert used == proofs.keys()
+
+
+def test_the_page_on_memory_shows_the_numbers_that_were_measured():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    record = (ROOT / "benchmarks" / "results" / "families-cpu.json").read_text(encoding="utf-8")
+    results = json.loads(record)["results"]
+    shown = page.partition("<!-- families-cpu.json")[2]
+    for case in results.keys() - {"aims"}:
+        limit, lora, nora = results[case]["real_shapes"]["variants"].values()
+        kept, operators = "saved_for_backward_over_limit_percent", "operators_per_step"
+        cells = [
+            case,
+            f"{limit['saved_for_backward_bytes'] / 1e6:.0f} MB",
+            *(f"{row[kept]:+.3f} %" for row in (lora, nora)),
+            *(f"{row[operators]:,}" for row in (limit, lora, nora)),
+        ]
+        assert "| " + " | ".join(cells) + " |" in shown
+        if "measured" in results[case]:
+            nora = results[case]["measured"]["variants"]["nora_64_8"]
+            step = nora["eager_batch_1"]
+            times = f"{step['ratio_to_limit']} times the limit's and {step['ratio_to_lora']} times"
+            assert times in shown and f"keeps {nora[kept]} % more than the limit" in shown
