@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
     """
     processes = join()
     folder = Path(cfg.output.dir).expanduser()
-    with explained(folder), processes.together(lambda: _how_to_go_on(folder)):
+    with explained(folder), processes.together(partial(_how_to_go_on, folder, processes)):
         _run(cfg, folder, resume, processes)
     return folder
 
@@ -90,7 +91,8 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         trackers=open_trackers(cfg, folder) if processes.first else (),
         silent=not processes.first,
     )
-    with report, _failures_reported(report):
+    how_to_go_on = partial(_how_to_go_on, folder, processes)
+    with report, _failures_reported(report), processes.losses_named(how_to_go_on):
         if told is not None:
             report.say(told)
         _check_memory(cfg, found, report, processes)
@@ -236,11 +238,11 @@ def _resume_command(folder: Path, processes: Processes) -> str:
     return f"{command} under accelerate launch, with {processes.count} processes as before"
 
 
-def _how_to_go_on(folder: Path) -> str:
+def _how_to_go_on(folder: Path, processes: Processes) -> str:
     newest = newest_path(folder)
     if newest is None:
         return "no checkpoint had been saved"
-    return f"the newest checkpoint is {newest}; continue with: {_resume_command(folder, join())}"
+    return f"the newest checkpoint is {newest}; continue with: {_resume_command(folder, processes)}"
 
 
 def _check_memory(

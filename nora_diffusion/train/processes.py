@@ -35,7 +35,7 @@ TIMEOUT = timedelta(hours=1)
 gone is noticed at once; only a machine that vanishes without closing its connections takes this."""
 FAREWELL = timedelta(seconds=10)
 """Longest wait for the first process to say that it is the one to tell of a failure."""
-_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+_BROKEN = ("Connection closed", "Connection reset", "Broken pipe", "Timed out")
 """What gloo says in a plain RuntimeError when a process at the other end is gone."""
 
 
@@ -165,29 +165,36 @@ class Processes:
             yield
             return
         try:
-            yield
+            with self.losses_named(how_to_go_on):
+                yield
         except BaseException as error:
             _ignore_signals()  # the launcher stops the rest as soon as one has ended
-            lost = _is_broken_connection(error)
             if self.first:
                 self._bid_farewell()
-                if not lost:
-                    raise
-                raise ProcessLost(self._loss(how_to_go_on())) from error
-            shared = isinstance(error, FailedInFirst | TrainingDiverged | KeyboardInterrupt)
-            if not lost and not shared:  # of this process alone
-                if isinstance(error, UserError):
-                    raise UserError(f"process {self.rank + 1} of {self.count}: {error}") from error
                 raise
-            if not self._hears_farewell() and lost and (self.rank == 1 or self.local_rank == 0):
-                raise ProcessLost(self._loss(how_to_go_on())) from error
-            raise SystemExit(1) from None
+            if isinstance(error, FailedInFirst | TrainingDiverged | KeyboardInterrupt):
+                self._hears_farewell()
+                raise SystemExit(1) from None
+            if isinstance(error, ProcessLost):
+                # Where the first is gone without a word, one on each machine speaks.
+                if self._hears_farewell() or (self.rank > 1 and self.local_rank > 0):
+                    raise SystemExit(1) from None
+            elif isinstance(error, UserError):
+                raise UserError(f"process {self.rank + 1} of {self.count}: {error}") from error
+            raise
 
-    def _loss(self, how_to_go_on: str) -> str:
-        return (
-            f"another process of this run has gone ({self.count} there were): killed, out of "
-            f"memory, or ended by an error of its own, which it told above; {how_to_go_on}"
-        )
+    @contextmanager
+    def losses_named(self, how_to_go_on: Callable[[], str]) -> Iterator[None]:
+        """Say it in words where messages to another process break off; see ``together``."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _is_broken_connection(error):
+                raise
+            raise ProcessLost(
+                f"another process of this run has gone ({self.count} there were): killed, out of "
+                f"memory, or ended by an error of its own, which it told above; {how_to_go_on()}"
+            ) from error
 
     def _broadcast(self, value: Any) -> Any:
         box = [value]

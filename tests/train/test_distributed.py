@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -401,14 +403,26 @@ def test_automatic_steps_count_the_pictures_of_all_processes(make_config):
 # ---- the launcher itself --------------------------------------------------------------------
 
 
-def accelerate(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """``accelerate launch`` in the folder of the shipped files, with the installed command."""
+@pytest.fixture
+def accelerate() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``accelerate launch`` with these arguments in a folder, ended with the test."""
+    with ExitStack() as stack:
+        yield lambda *arguments, cwd: stack.enter_context(started(*arguments, cwd=cwd))
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["accelerate", "launch", *arguments], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()  # which it hands on
+        process.wait()
 
 
 COMMAND = ("--no_python", "nora-dreambooth")
@@ -417,7 +431,7 @@ COMMAND = ("--no_python", "nora-dreambooth")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_launcher_that_is_stopped_leaves_a_checkpoint_to_go_on_from(
-    make_config, tmp_path, number
+    make_config, tmp_path, accelerate, number
 ):
     train = {"steps": 30, "batch_size": 1, "log_every": 1}
     source = write(make_config(train=train), tmp_path / "c.toml")
@@ -425,7 +439,7 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint_to_go_on_from(
     process = accelerate(*config, *COMMAND, source, cwd=tmp_path)
     events = tmp_path / "run" / "events.jsonl"
     wait_for(lambda: any((e["step"] or 0) >= 2 for e in read_events(events)), process)
-    os.killpg(process.pid, number)  # as Ctrl-C does: to the launcher and to all it started
+    process.send_signal(number)
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode != 0
     assert output.count("continue with: nora-dreambooth --resume") == 1, output
@@ -440,7 +454,7 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint_to_go_on_from(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_under_the_launcher_is_missed(make_config, tmp_path):
+def test_a_process_that_is_killed_under_the_launcher_is_missed(make_config, tmp_path, accelerate):
     train = {"steps": 200, "batch_size": 1, "log_every": 1, "checkpoint_every": 1}
     source = write(make_config(train=train), tmp_path / "c.toml")
     process = accelerate(
@@ -449,13 +463,9 @@ def test_a_process_that_is_killed_under_the_launcher_is_missed(make_config, tmp_
     )  # fmt: skip
     events = tmp_path / "run" / "events.jsonl"
     wait_for(lambda: any((e["step"] or 0) >= 2 for e in read_events(events)), process)
-    victim = next(
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/environ")
-        if os.getpgid(int(path.parent.name)) == process.pid
-        and b"LOCAL_RANK=1\0" in path.read_bytes()
-    )
-    os.kill(victim, signal.SIGKILL)
+    of_launcher = psutil.Process(process.pid).children()
+    (victim,) = (one for one in of_launcher if one.environ().get("LOCAL_RANK") == "1")
+    victim.kill()
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode != 0
     assert re.search(r"another process.*has gone.*continue with: nora-dreambooth --resume", output)
@@ -463,7 +473,7 @@ def test_a_process_that_is_killed_under_the_launcher_is_missed(make_config, tmp_
 
 
 @pytest.mark.slow
-def test_two_launchers_are_two_machines(make_config, tmp_path):
+def test_two_launchers_are_two_machines(make_config, tmp_path, accelerate):
     cfg = make_config(train={"batch_size": 1})
     source, port = write(cfg, tmp_path / "c.toml"), str(free_port())
     config = ("--config_file", str(ROOT / "configs" / "accelerate" / "multi_node.yaml"))
