@@ -91,7 +91,9 @@ def _run(cfg: DreamboothConfig, resume: bool) -> Path:
         write_outcome(session)
         if cfg.output.push_to_hub is not None:
             report.say(f"uploaded to {push_to_hub(folder, cfg.output.push_to_hub)}")
-        report.event("done", session.step, message=f"finished; everything is in {folder}")
+        told = f"finished; everything is in {folder}"
+        report.say(told)
+        report.event("done", session.step, message=told)
     return folder
 
 
