@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import typing
@@ -236,7 +237,8 @@ def _targets(args: argparse.Namespace) -> int:
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         }
         trained = sum(2 * r * min(args.inner_r, r) for r in found.values())
-        print(f"{name:14} {len(found):7} {trained:18,}   {', '.join(endings)}")
+        shown = dict.fromkeys(re.sub(r"^\d+\.", "N.", ending) for ending in endings)
+        print(f"{name:14} {len(found):7} {trained:18,}   {', '.join(shown)}")
         if args.modules:
             print("".join(f"    {path}\n" for path in found), end="")
     return 0

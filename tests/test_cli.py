@@ -290,6 +290,16 @@ def test_targets_counts_what_an_adapter_trains(finished, base, capsys):
     assert all(int(row[1]) > 0 for row in rest)
 
 
+def test_targets_names_numbered_modules_once(tmp_path, capsys):
+    """A single block of Flux has its projection out under its number alone."""
+    from tests.tiny_flow import tiny_flow
+
+    tiny_flow("flux_dev").save_pretrained(tmp_path / "flux")
+    assert main(["targets", str(tmp_path / "flux")]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("feed"))
+    assert row.endswith("ff_context.net.2, proj_mlp, N.proj_out")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -413,6 +423,7 @@ def test_a_damaged_base_is_told_with_its_key(fast, base, tmp_path, capsys):
         assert "Traceback" not in err
         (broken / path).write_bytes(whole)
     assert main_dreambooth([*fast, "--output.dir", str(run)]) == 0
+    assert capsys.readouterr().out.endswith(f"finished; everything is in {run}\n")
     assert tomllib.loads((run / "config.toml").read_text())["model"]["base"] == str(base)
     assert read_events(run / "events.jsonl")[-1]["event"] == "done"
 

@@ -106,7 +106,9 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         write_outcome(session)
         if cfg.output.push_to_hub is not None and processes.first:
             report.say(f"uploaded to {push_to_hub(folder, cfg.output.push_to_hub)}")
-        report.event("done", session.step, message=f"finished; everything is in {folder}")
+        told = f"finished; everything is in {folder}"
+        report.say(told)
+        report.event("done", session.step, message=told)
 
 
 def train(session: Session) -> None:
