@@ -7,8 +7,6 @@ own.
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,15 +20,9 @@ from nora_diffusion.disk import remove_temporaries
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.run_folder import check_free
-from nora_diffusion.schema import get_key, list_keys
 from nora_diffusion.settings import quote
-from nora_diffusion.train import adapters, common
-from nora_diffusion.train.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    newest_path,
-    save_checkpoint,
-)
+from nora_diffusion.train import adapters, common, resuming
+from nora_diffusion.train.checkpoint import newest_path
 from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.launcher import check_launcher
 from nora_diffusion.train.memory import check_memory, plan_memory
@@ -65,7 +57,7 @@ def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
     """
     processes = join()
     folder = Path(cfg.output.dir).expanduser()
-    with explained(folder), processes.together(partial(_how_to_go_on, folder, processes)):
+    with explained(folder), processes.together(partial(resuming.how_to_go_on, folder, processes)):
         _run(cfg, folder, resume, processes)
     return folder
 
@@ -91,13 +83,13 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         trackers=open_trackers(cfg, folder) if processes.first else (),
         silent=not processes.first,
     )
-    how_to_go_on = partial(_how_to_go_on, folder, processes)
+    how_to_go_on = partial(resuming.how_to_go_on, folder, processes)
     with report, _failures_reported(report), processes.losses_named(how_to_go_on):
         if told is not None:
             report.say(told)
         _check_memory(cfg, found, report, processes)
         checkpoint = processes.from_first(
-            lambda: _usable_checkpoint(cfg, folder, processes) if resume else None
+            lambda: resuming.usable_checkpoint(cfg, folder, processes) if resume else None
         )
         session = prepare(cfg, folder, report, checkpoint, processes)
         if processes.first:  # of a resumed run only now: new settings have proved usable
@@ -138,7 +130,7 @@ def train(session: Session) -> None:
 
             last = session.step == steps
             if last or stopped_by or _due(session.step, cfg.checkpoint_every):
-                _save_checkpoint(session)
+                resuming.save(session)
             if stopped_by:
                 _stop(session, stopped_by)
             if not last and _due(session.step, session.cfg.sample.every):
@@ -227,24 +219,10 @@ def _stop_if_diverged(session: Session, loss: float, grad_norm: float) -> None:
 
 
 def _stop(session: Session, signal_name: str) -> None:
-    command = _resume_command(session.run, session.processes)
+    command = resuming.resume_command(session.run, session.processes)
     message = f"stopped by {signal_name} after step {session.step}; continue with: {command}"
     session.report.event("stopped", session.step, message=message)
     raise common.TrainingInterrupted(message)
-
-
-def _resume_command(folder: Path, processes: Processes) -> str:
-    command = f"nora-dreambooth --resume {shlex.quote(str(folder))}"
-    if processes.count == 1:
-        return command
-    return f"{command} under accelerate launch, with {processes.count} processes as before"
-
-
-def _how_to_go_on(folder: Path, processes: Processes) -> str:
-    newest = newest_path(folder)
-    if newest is None:
-        return "no checkpoint had been saved"
-    return f"the newest checkpoint is {newest}; continue with: {_resume_command(folder, processes)}"
 
 
 def _check_memory(
@@ -263,70 +241,6 @@ def _check_memory(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _save_checkpoint(session: Session) -> None:
-    of_optimizer, numbers = session.update.state()  # of all processes, with ZeRO
-    if not session.processes.first:
-        return
-    tensors = {
-        "trained": {name: p.detach() for name, p in session.parameters.items()},
-        "optimizer": of_optimizer,
-        "outer": adapters.fitted_factors(session.models),
-        "ema": {} if session.ema is None else session.ema.average,
-    }
-    state = {
-        "settings": _fixed_settings(session.cfg),
-        "data": session.inputs.digest,
-        "photos": session.inputs.photo_table(),
-        "base_hash": session.base_hash,
-        "scaler": session.scaler.state_dict(),
-        "first_losses": session.guard.first,
-        "optimizer": numbers,
-        "processes": session.processes.count,
-    }
-    keep = session.cfg.train.checkpoints_keep
-    used = {stem: named for stem, named in tensors.items() if named}
-    path = save_checkpoint(session.run, session.step, state, used, keep)
-    session.report.event("checkpoint", session.step, message=str(path.relative_to(session.run)))
-
-
-def _fixed_settings(cfg: DreamboothConfig) -> dict[str, Any]:
-    """Settings that finished steps depend on, as JSON values."""
-    fixed = {
-        key.name: get_key(cfg, key.name)
-        for key in list_keys(DreamboothConfig)
-        if not key.resume and key.name != "output.dir"
-    }
-    # Of subjects all but their places, as of data.subject.
-    return json.loads(json.dumps(fixed, default=lambda one: one.model_dump(exclude={"path"})))
-
-
-def _usable_checkpoint(
-    cfg: DreamboothConfig, folder: Path, processes: Processes
-) -> Checkpoint | None:
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        _check_settings(cfg, checkpoint, processes)
-    return checkpoint
-
-
-def _check_settings(cfg: DreamboothConfig, checkpoint: Checkpoint, processes: Processes) -> None:
-    count = checkpoint.state.get("processes", 1)
-    if count != processes.count:
-        raise UserError(
-            f"{checkpoint.path} was trained by {count} process{'es' if count > 1 else ''}, each "
-            f"with a batch of its own, and these are {processes.count}; continue it with "
-            f"{_resume_command(checkpoint.path.parent.parent, Processes(count=count))}"
-        )
-    then, now = checkpoint.state["settings"], _fixed_settings(cfg)
-    changed = [name for name in now if then.get(name) != now[name]]
-    if changed:
-        listed = "".join(f"\n  {n} = {quote(now[n])}, was {quote(then.get(n))}" for n in changed)
-        raise UserError(
-            f"{checkpoint.path} was trained with other settings, so the run cannot be continued "
-            f"with these:{listed}\nchange them back, or start a new run in another output.dir"
-        )
 
 
 def _open_folder(cfg: DreamboothConfig, folder: Path, resume: bool) -> None:
