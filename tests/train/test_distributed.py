@@ -321,7 +321,7 @@ def test_what_is_split_trains_the_same_and_resumes_to_the_bit(
 
     environment = {**sharded(strategy), "NORA_CACHE_DIR": str(tmp_path / "cache")}
     jobs = [Job([config(name, **sections)]) for name, sections in SPLIT.items()]
-    jobs.append(Job([config("parts", **EVERYTHING)], ((0, 4 * 2 + 1, signal.SIGTERM),)))
+    jobs.append(Job([config("parts", **EVERYTHING)], ((0, 4 + 1, signal.SIGTERM),)))
     resume = ["--resume", str(tmp_path / "parts")]
     jobs += [Job(resume, ((1, 1, signal.SIGTERM),)), Job(resume)]
     outcomes = launch(jobs, tmp_path / strategy, environment=environment)
