@@ -119,7 +119,7 @@ class _AdaptersTab:
             *self.downloads.values(),
         ]  # fmt: skip
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        self.search.input(reported(self._refresh), view, self.listed, **quiet)
+        self.search.input(reported(self._refresh), view, shown, **quiet)
         for component in (self.listed, self.bin):
             component.click(reported(self._act), view, [*shown, self.status], **quiet)
         for button in (self.rename.click, self.name.submit):
