@@ -52,7 +52,8 @@ class Drawn:
         sheet: the labelled grid, where there are several strengths.
         sheet_settings: as they stand inside it.
         notes: "device"; "safety_checker": whether the base has one; "warnings": sentences for the
-            reader; "base_loads" and "adapter_loads": how many the worker has done; "seconds".
+            reader; "base_loads" and "adapter_loads": how many the worker has done; "switching_s":
+            seconds spent on the base and the adapters, not on drawing; "seconds": all of it.
     """
 
     files: list[Path]

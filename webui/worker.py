@@ -68,6 +68,7 @@ class Worker:
         self.base = ""
         self.adapters: OrderedDict[tuple[Path, int, int], Loaded] = OrderedDict()
         self.base_loads = self.adapter_loads = 0
+        self.switching_s = 0.0
 
     def draw(self, order: Order) -> Reply:
         """Draw what an order asks for, and write its files.
@@ -83,6 +84,7 @@ class Worker:
             warnings.simplefilter("always", UserWarning)
             family = self._load_base(request.base)
             loaded = [self._load(adapter) for adapter in request.adapters]
+            self.switching_s = time.monotonic() - begun
             words = (loaded[0].trigger, loaded[0].class_name) if loaded else ("", "")
             prompt = fill_prompt(request.prompt, *words)
             rows: list[list[Image.Image]] = []
@@ -102,6 +104,7 @@ class Worker:
             "warnings": sorted({str(one.message) for one in caught if _for_readers(one)}),
             "base_loads": self.base_loads,
             "adapter_loads": self.adapter_loads,
+            "switching_s": round(self.switching_s, 3),
             "seconds": round(time.monotonic() - begun, 2),
         }
         return Reply("drawn", settings=tuple(settings), notes=notes)
@@ -173,8 +176,9 @@ class Worker:
         On a CPU inside the base weights: an adapter beside them makes a step of mini half as long
         again. A GPU hides that, and has no memory for the weights twice.
         """
-        pipe = self._pipe()
+        pipe, begun = self._pipe(), time.monotonic()
         undo = fold(pipe, weights) if self.device.type == "cpu" else set_weights(pipe, weights)
+        self.switching_s += time.monotonic() - begun
         try:
             yield
         finally:

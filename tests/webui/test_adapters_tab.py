@@ -160,7 +160,7 @@ def test_in_chromium_from_the_list_to_the_bin(tmp_path, finished_run):
         expect(listed.get_by_role("heading", name="Rose")).to_be_visible()
         page.click("#adapters-delete")
         expect(listed).to_contain_text("None yet")
-        panel = page.get_by_role("tabpanel", name="Adapters")
+        panel = page.locator("#tab-adapters")
         panel.get_by_role("button", name="Bin").click()
         page.get_by_role("button", name="Put back: Rose").click()
         expect(listed.get_by_role("heading", name="Rose")).to_be_visible()

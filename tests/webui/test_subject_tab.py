@@ -199,7 +199,7 @@ def test_in_chromium_from_photos_to_the_bin(tmp_path):
             page.click("#subject-delete")
             expect(page.locator("#subject-status")).to_contain_text("Hibiscus is in the bin")
             expect(listed).to_contain_text("None saved yet")
-            page.get_by_role("tabpanel", name="Subject").get_by_role("button", name="Bin").click()
+            page.locator("#tab-subject").get_by_role("button", name="Bin").click()
             page.get_by_role("button", name="Put back: Hibiscus").click()
             expect(listed).to_contain_text("4 photos")
             listed.get_by_role("button", name="Edit: Hibiscus").click()

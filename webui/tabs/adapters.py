@@ -209,10 +209,10 @@ class _AdaptersTab:
         }
 
 
-def _fits(adapter: AdapterView, search: str) -> bool:
+def _fits(adapter: AdapterView, search: str | None) -> bool:
     texts = (adapter.name, adapter.base, adapter.trigger, adapter.class_name, adapter.family)
     words = " ".join(text for text in texts if text).casefold()
-    return all(word in words for word in search.casefold().split())
+    return all(word in words for word in (search or "").casefold().split())
 
 
 def _list_html(found: Sequence[AdapterView], open_id: str, empty: bool) -> str:

@@ -200,20 +200,24 @@ class _CreateTab:
     ) -> None:
         shown = event(lambda: gr.update(visible=True), None, self.stop, js=SHOW_RESULTS, **quiet)
 
-        @reported
         def draw(
             values: Values,
             request: gr.Request,
             progress: gr.Progress = gr.Progress(),  # noqa: B008
         ) -> Updates:
-            return self._draw(values, strengths, owner_of(request), progress)
+            try:
+                return self._draw(values, strengths, owner_of(request), progress)
+            except UserError as error:
+                # Not raised: Gradio would lay the word "Error" over the pictures that are there.
+                return {self.told: _problem_html(str(error)), self.stop: gr.update(visible=False)}
 
         drawn = shown.then(
-            draw, {*self.form, self.limit}, [self.results, self.told, *self.gallery_parts],
+            draw, {*self.form, self.limit},
+            [self.results, self.told, self.stop, *self.gallery_parts],
             api_visibility="private", show_progress_on=self.results,
             concurrency_id=SAMPLING, concurrency_limit=1,
         )  # fmt: skip
-        drawn.then(lambda: gr.update(visible=False), None, self.stop, **quiet)
+        drawn.failure(lambda: gr.update(visible=False), None, self.stop, **quiet)
 
     # --- handlers
 
@@ -235,6 +239,7 @@ class _CreateTab:
         return {
             self.results: gr.update(value=shown, columns=columns, selected_index=None),
             self.told: _told_html(drawn),
+            self.stop: gr.update(visible=False),
             **self._gallery(owner, values[self.limit]),
         }
 
@@ -456,6 +461,10 @@ def _safety_html(base: str) -> str:
         None: "Whether this base model has a safety checker is told after the first picture.",
     }
     return f'<p class="create-note">{words[has_safety_checker(base)]}</p>'
+
+
+def _problem_html(text: str) -> str:
+    return f'<p class="problem" role="alert">{as_text(text)}</p>'
 
 
 def _told_html(drawn: Drawn) -> str:
