@@ -231,7 +231,7 @@ class _TrainTab:
         """The settings of base and preset, and what the form says otherwise."""
         config = defaults(values[self.base], values[self.preset] or None)
         overrides = self.form.overrides(values, config)
-        steps = number(int, empty=False).read(values[self.steps])
+        steps = number(int).read(values[self.steps])
         if steps != config.train.steps:
             overrides[STEPS] = steps
         return config, overrides
