@@ -118,7 +118,7 @@ def control_of(key: Key) -> Control:
     if len(types_) == 1 and _is_literal(types_[0]):
         return _pick(typing.get_args(types_[0]), empty, str)
     if types_ in ([int], [float]):
-        return number(types_[0], empty)
+        return _NUMBER_OR_NONE if empty else number(types_[0])
     return _text(empty) if types_ == [str] else _WRITTEN
 
 
@@ -168,19 +168,15 @@ def _lines(empty: bool) -> Control:
     return Control(make, lambda value: "\n".join(value or ()), read)
 
 
-def number(type_: type, empty: bool) -> Control:
-    """A number; ``empty``: whether it may be left out."""
-
-    def make(**common: Any) -> Component:
-        common["info"] += " Empty: none." if empty else ""
-        return gr.Number(**common)
+def number(type_: type) -> Control:
+    """A number that must be there."""
 
     def read(given: float | None) -> Any:
         if given is None:
-            return None if empty else ""  # the schema says what is allowed instead
+            return ""  # the schema says what is allowed instead
         return int(given) if type_ is int and float(given).is_integer() else given
 
-    return Control(make, lambda value: value, read, limits=True)
+    return Control(lambda **common: gr.Number(**common), lambda value: value, read, limits=True)
 
 
 def _text(empty: bool) -> Control:
@@ -195,6 +191,14 @@ def _text(empty: bool) -> Control:
 
 
 _CHECKBOX = Control(lambda **common: gr.Checkbox(**common), lambda value: value, bool)
+
+# A text: the page turns an empty number component into 0 as soon as it is drawn.
+_NUMBER_OR_NONE = Control(
+    _text(True).make,
+    lambda value: "" if value is None else spell(value),
+    lambda given: (given or "").strip() or None,
+    limits=True,
+)
 
 # What takes values of several kinds is written as on the command line.
 _WRITTEN = Control(

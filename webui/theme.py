@@ -21,6 +21,8 @@ THEME = gr.themes.Base(
     button_primary_background_fill_dark="*primary_600",
     button_primary_background_fill_hover_dark="*primary_500",
     button_primary_text_color="white",
+    block_info_text_color="*neutral_500",
+    block_info_text_color_dark="*neutral_400",
 )
 
 CSS = """
@@ -29,6 +31,9 @@ CSS = """
 #brand h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 #brand p { margin: 0; opacity: .75; }
 footer { display: none !important; }
+#tabs [role=tab][aria-selected=true] { color: var(--primary-700); }
+.dark #tabs [role=tab][aria-selected=true] { color: var(--primary-400); }
+#subject-status:not(:has(.n-told)), #adapters-status:not(:has(.n-told)) { display: none; }
 .n-note { opacity: .8; margin: .25rem 0; }
 .n-told { font-weight: 600; margin: .25rem 0; }
 .n-cards, .n-photos, .n-captions, .n-checks { list-style: none; margin: 0; padding: 0; }
@@ -98,6 +103,7 @@ footer { display: none !important; }
 .loss text { font-size: 11px; fill: currentColor; opacity: .75; }
 .loss polyline { fill: none; stroke: #0f766e; }
 .dark .loss polyline { stroke: #2dd4bf; }
+@media (max-width: 640px) { .loss text { font-size: 18px; } }
 .loss .raw { opacity: .35; } .loss .smooth { stroke-width: 2.2; }
 .loss .grid { stroke: currentColor; opacity: .15; }
 .loss, .sheet { margin: 0; }

@@ -42,12 +42,13 @@ def test_a_field_says_what_the_schema_says(form):
 
 def test_kinds_of_values_get_fitting_components(form):
     kinds = {field.key.name: type(field.component) for field in form.fields}
-    assert kinds["train.batch_size"] is kinds["train.ema_decay"] is gr.Number
+    assert kinds["train.batch_size"] is kinds["train.offset_noise"] is gr.Number
     assert kinds["data.flip"] is gr.Checkbox
     assert kinds["train.optimizer"] is kinds["output.dtype"] is kinds["output.portable"]
     assert kinds["output.portable"] is gr.Dropdown
     assert kinds["adapter.targets"] is gr.CheckboxGroup
     assert kinds["sample.prompts"] is kinds["adapter.timestep_rank"] is gr.Textbox
+    assert kinds["train.ema_decay"] is gr.Textbox  # as a number, an empty one would become 0
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -64,8 +65,8 @@ def test_an_untouched_form_changes_nothing(form, base, preset):
         ("train.batch_size", 2.0, 2),
         ("train.learning_rate", 1e-5, 1e-5),
         ("train.learning_rate", 1, 1.0),
-        ("train.ema_decay", 0.99, 0.99),
-        ("data.resolution_px", 128, 128),
+        ("train.ema_decay", " 0.99 ", 0.99),
+        ("data.resolution_px", "128", 128),
         ("text_encoder.train", False, False),
         ("data.flip", True, True),
         ("train.optimizer", "prodigy", "prodigy"),
@@ -97,7 +98,7 @@ def test_what_is_typed_is_what_the_run_gets(form, key, typed, expected):
 @pytest.mark.parametrize(
     ("base", "key", "emptied"),
     [
-        ("sd15", "data.resolution_px", None),
+        ("sd15", "data.resolution_px", " "),
         ("mini", "adapter.target_modules", ""),
         ("mini", "output.dtype", "none"),
         ("mini", "output.portable", "none"),

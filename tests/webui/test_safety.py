@@ -26,13 +26,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from tests.webui.browser import chromium
 from tests.webui.server import ROOT, Server
 from webui.auth import add_user
 from webui.models import Job
 from webui.paths import DataFolder, new_id
 from webui.studio import Studio
 
-CHROMIUM = Path("/usr/bin/chromium")
 SAMPLES = sorted((ROOT / "sample_data" / "subject").glob("*.jpg"))
 SECRET = "the-canary-sings-at-dawn"
 PASSWORD = "correct horse battery"
@@ -724,15 +724,10 @@ OPEN_ALL = """() => document.querySelectorAll('button.label-wrap:not(.open)').fo
 
 @pytest.fixture(scope="module")
 def seen(world) -> Seen:
-    if not CHROMIUM.is_file():
-        pytest.skip(f"needs Chromium at {CHROMIUM}")
-    from playwright.sync_api import TimeoutError, expect, sync_playwright
-
     found = Seen([], [], [], {}, False, [])
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
+    with chromium() as browser:
+        from playwright.sync_api import TimeoutError, expect
+
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.set_default_timeout(60_000)
         page.on("request", lambda request: found.requests.append(request.url))
@@ -780,7 +775,6 @@ def seen(world) -> Seen:
             files=[{"name": f"{TAGS[0]}.jpg", "mimeType": "image/jpeg", "buffer": b"no photo"}],
         )
         look("Upload")
-        browser.close()
     return found
 
 

@@ -61,6 +61,10 @@ def test_photos_wait_until_the_right_is_confirmed(tab, upload):
     assert tab.subjects.draft("bert").name == "Bello"
 
 
+def test_photos_that_come_while_the_right_is_being_confirmed_stay(tab):
+    assert tab.files not in tab._take(given(tab, files=None, rights=True), BERT)
+
+
 def test_what_is_wrong_is_told_beside_each_photo_until_the_next_upload(tab, upload, tmp_path):
     bad = tmp_path / "notes.jpg"
     bad.write_text("no photo")

@@ -132,6 +132,13 @@ def test_steps_are_suggested_until_somebody_types_others(tab, page, subject):
     assert page.values[tab.steps] == 30
 
 
+def test_an_answer_on_its_way_leaves_alone_what_is_typed_meanwhile(tab, page, subject):
+    page.tick()
+    assert tab.steps in page.settle()
+    page.values[page.field("sample.n")] = 1
+    assert tab.steps not in page.settle()
+
+
 def test_a_preset_keeps_what_was_typed_and_a_base_brings_its_own(tab, page, studio, subject):
     page.tick()
     rate, batch = page.field("train.learning_rate"), page.field("train.batch_size")

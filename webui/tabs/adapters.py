@@ -69,6 +69,7 @@ class _AdaptersTab:
     def _make_details(self) -> None:
         self.facts = gr.HTML(elem_id="adapters-facts")
         with gr.Column(visible=False) as self.details:
+            gr.HTML("<h3>Download</h3>")
             with gr.Row():
                 self.downloads: dict[Layout, gr.Button] = {
                     layout: gr.Button(

@@ -175,10 +175,11 @@ class _SubjectTab:
             return {self.status: ""}
         id = self._subject(owner, given[self.open_id]).id
         unusable = self.subjects.add_photos(owner, id, files) if files else []
-        return {
+        # Where none were there yet, they may be on their way by now: those must stay.
+        taken: Updates = {self.files: None} if files else {}
+        return taken | {
             **self._shown(owner, {**given, self.unusable: unusable}),
             self.unusable: unusable,
-            self.files: None,
             self.rights: gr.update(visible=not self.subjects.has_rights(owner)),
             self.status: "",
         }

@@ -201,7 +201,10 @@ class _TrainTab:
         steps = auto_steps(len(subject.photos), batch)
         explained = _explain(values[self.preset], len(subject.photos), steps)
         updates[self.explained] = _shown(explained)
-        if values[self.suggested] in (0, values[self.steps]):  # nobody has typed another
+        # Only a new suggestion, and where nobody has typed another: what is typed while this
+        # answer is on its way must stay.
+        before = values[self.suggested]
+        if steps != before and before in (0, values[self.steps]):
             overrides[STEPS] = updates[self.steps] = steps
         updates[self.suggested] = steps
         try:
@@ -231,7 +234,7 @@ class _TrainTab:
         """The settings of base and preset, and what the form says otherwise."""
         config = defaults(values[self.base], values[self.preset] or None)
         overrides = self.form.overrides(values, config)
-        steps = number(int, empty=False).read(values[self.steps])
+        steps = number(int).read(values[self.steps])
         if steps != config.train.steps:
             overrides[STEPS] = steps
         return config, overrides
