@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gradio as gr
 
+# Of the weights that come with Gradio, 600 has letters for some words only.
+_SANS = gr.themes.utils.fonts.LocalFont("IBM Plex Sans", weights=(400, 700))
+_MONO = gr.themes.utils.fonts.LocalFont("IBM Plex Mono", weights=(400, 700))
+
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
     secondary_hue=gr.themes.colors.teal,
     neutral_hue=gr.themes.colors.stone,
     radius_size=gr.themes.sizes.radius_md,
+    font=(_SANS, "ui-sans-serif", "system-ui", "sans-serif"),
+    font_mono=(_MONO, "ui-monospace", "Consolas", "monospace"),
 ).set(
     body_background_fill="*neutral_50",
     body_background_fill_dark="*neutral_950",
