@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nora_diffusion.config import UserError
+from nora_diffusion.events import EventLog
 from webui.bin import DAY_S
 from webui.library import LORA, NATIVE
 from webui.models import Job
@@ -73,8 +74,7 @@ def test_a_run_that_went_on_replaces_what_was_taken(studio, finished_job):
     run = studio.folder.of("runs", finished_job)
     lora = (run / "pytorch_lora_weights.safetensors").read_bytes()
     (run / "adapter.safetensors").write_bytes(lora)  # stands for a later state
-    with (run / "events.jsonl").open("a") as file:
-        file.write('{"step": 9, "event": "step", "loss": 0.5}\n')
+    EventLog(run / "events.jsonl").write("step", step=9, loss=0.5)
     again = studio.library.adopt(finished_job)
     assert (again.id, again.name, again.steps, again.loss) == (first.id, "Rose", 9, 0.5)
     assert studio.library.download("", first.id, "native").read_bytes() == lora != old

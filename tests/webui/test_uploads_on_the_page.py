@@ -15,7 +15,7 @@ from tests.webui.test_safety import png
 WHOLE = "give a whole JPEG, PNG, WebP or HEIC file"
 MESSAGES = {
     "notes.jpg": f"notes.jpg cannot be used: not an image; {WHOLE}",
-    "empty.jpg": f"empty.jpg cannot be used: the file is empty; {WHOLE}",
+    "empty.jpg": rf"empty.jpg cannot be used: empty \(0 bytes\); {WHOLE}",
     "bomb.png": r"bomb.png cannot be used: .*million pixels",
     "broken.heic": r"broken.heic cannot be used: ",
     "moving.gif": f"moving.gif cannot be used: it is a GIF file; {WHOLE}",
