@@ -114,7 +114,10 @@ footer { display: none !important; }
 .problem { white-space: pre-line; overflow-wrap: anywhere; color: #b91c1c; }
 .dark .problem { color: #fca5a5; }
 #create-results .grid-wrap, #create-gallery .grid-wrap { max-height: none; padding-top: 2.2rem; }
-#create-gallery .caption-label { display: none; }
+#create-gallery .caption-label, #create-results .caption-label { display: none; }
+#create-gallery .thumbnail-item.selected { border-color: var(--border-color-primary); }
+#create-results .thumbnail-item { aspect-ratio: auto; }
+#create-preview img { width: 100%; max-height: 20rem; object-fit: contain; border-radius: 6px; }
 .create-note p { margin: 0 0 .25rem; overflow-wrap: anywhere; }
 """
 

@@ -273,6 +273,8 @@ def _sheet(request: Request, rows: list[list[Image.Image]]) -> Image.Image:
     labels = ["base", names] if pair else [f"{strength:g}" for strength in request.strengths]
     seeds = [f"seed {request.seed + index}" for index in range(request.n)]
     title = "" if pair else f"strength of {names}"
+    if len(seeds) == 1:  # then a column of labels would be wider than the pictures
+        title, seeds = ", ".join(filter(None, (title, *seeds))), []
     return contact_sheet([list(row) for row in zip(*rows, strict=True)], seeds, labels, title)
 
 

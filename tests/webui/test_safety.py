@@ -712,7 +712,11 @@ MADE = """() => [...document.querySelectorAll(
 )].map(element => element.outerHTML.slice(0, 200))"""
 
 
-SHOWS_ONE_OF = "tags => tags.some(tag => document.body.innerText.includes(tag))"
+TEXT = """() => [
+    document.body.innerText,
+    ...[...document.querySelectorAll('textarea')].map(box => box.offsetParent && box.value),
+].join('\\n')"""
+SHOWS_ONE_OF = f"tags => tags.some(tag => ({TEXT})().includes(tag))"
 OPEN_ALL = """() => document.querySelectorAll('button.label-wrap:not(.open)').forEach(
     closed => closed.offsetParent && closed.click()
 )"""
@@ -747,12 +751,16 @@ def seen(world) -> Seen:
                 page.wait_for_function(SHOWS_ONE_OF, arg=list(TAGS[:2]), timeout=20_000)
             page.evaluate(OPEN_ALL)
             page.wait_for_timeout(500)
-            found.texts[where] = page.inner_text("body")
+            found.texts[where] = page.evaluate(TEXT)
             found.made += page.evaluate(MADE)
             found.ran = found.ran or bool(page.evaluate("() => window.ran"))
 
         for tab in ("Subject", "Train", "Create", "Adapters"):
             page.get_by_role("tab", name=tab).click()
+            if tab == "Create":  # where a picture's words are shown once it is chosen
+                page.locator("#create-gallery .thumbnail-item").last.click()
+                settings = page.locator("#create-settings").get_by_role("textbox")
+                expect(settings).to_have_value(re.compile(re.escape(TAGS[0])), timeout=60_000)
             look(tab)
         page.locator("#adapters-list button").first.click()
         name = page.locator("#adapters-name").get_by_role("textbox")

@@ -23,6 +23,7 @@ from webui.recipe import bases, defaults
 from webui.sampler import ADAPTERS_AT_MOST, SIDE_AT_MOST_PX, Drawn, Request, Weighted
 from webui.studio import Studio
 from webui.tabs import Refresh
+from webui.tabs.pieces import picture
 
 COMPARED = (0.0, 1.0)
 SWEPT = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -143,6 +144,7 @@ class _CreateTab:
                 )  # fmt: skip
                 self.more = gr.Button("Show older pictures", size="sm", visible=False)
             with gr.Column(scale=5, min_width=320):
+                self.preview = gr.HTML("", visible=False, elem_id="create-preview")
                 self.settings = gr.Textbox(
                     label="Settings", lines=9, max_lines=20, interactive=False,
                     elem_id="create-settings",
@@ -180,7 +182,7 @@ class _CreateTab:
             self._connect_drawing(event, strengths, quiet)
         self.stop.click(reported(self._on_stop), None, None, **quiet)
         self.more.click(self._on_more, {self.limit}, [self.limit, *self.gallery_parts], **quiet)
-        picked = [self.settings, self.actions, self.picked]
+        picked = [self.preview, self.settings, self.actions, self.picked]
         self.gallery.select(reported(self._on_pick), {self.shown}, picked, **quiet)
         restored = [*self.form, self.empty, self.compare, self.sweep, self.told, self.restore]
         self.use.click(reported(self._on_use), {self.picked}, restored, **quiet)
@@ -357,7 +359,9 @@ class _CreateTab:
         if not 0 <= index < len(values[self.shown]):
             raise UserError("there is no such picture any more; load the page again")
         found = self.studio.pictures.get(owner_of(request), values[self.shown][index])
+        image = picture(found.path, _caption(found.settings))
         return {
+            self.preview: gr.update(value=image, visible=True),
             self.settings: settings_text(found),
             self.actions: gr.update(visible=True),
             self.picked: found.id,
@@ -409,6 +413,7 @@ class _CreateTab:
         owner = owner_of(request)
         self.studio.pictures.delete(owner, values[self.picked])
         return {
+            self.preview: gr.update(value="", visible=False),
             self.settings: "",
             self.actions: gr.update(visible=False),
             self.picked: "",
@@ -420,15 +425,15 @@ class _CreateTab:
             raise UserError("nothing of yours is being drawn at the moment")
 
 
-def settings_text(picture: PictureView) -> str:
+def settings_text(one: PictureView) -> str:
     """A picture's settings as a person reads them."""
-    values = picture.settings
-    adapters = [f"{one['name']} ({one['weight']:g})" for one in values.get("adapters", [])]
+    values = one.settings
+    adapters = [f"{used['name']} ({used['weight']:g})" for used in values.get("adapters", [])]
     lines = {
         "Prompt": values.get("prompt"),
         "Negative prompt": values.get("negative_prompt"),
         "Adapters": ", ".join(adapters) or "none",
-        "Strengths of the grid": ", ".join(f"{one:g}" for one in values.get("grid", [])),
+        "Strengths of the grid": ", ".join(f"{value:g}" for value in values.get("grid", [])),
         "Base model": values.get("base"),
         "Seed": values.get("seed"),
         "Steps": values.get("steps"),

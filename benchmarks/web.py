@@ -1,6 +1,6 @@
 """The web app's speed on mini, through the real worker process.
 
-    python benchmarks/webui.py [--rounds 5] [--note TEXT]
+    python benchmarks/web.py [--rounds 5] [--note TEXT]
 
 Measured: the first picture with no worker yet, and with one that has started while somebody wrote a
 prompt; four pictures of 64 and of 128 px with the worker warm, of the base and with an adapter, at
