@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.webui.browser import TIMEOUT_MS, chromium
@@ -58,7 +57,6 @@ class Visit:
             self.elsewhere.append(request.url)
 
 
-@pytest.mark.slow
 def test_from_photos_to_a_lora_that_diffusers_draws_the_same_picture_with(tmp_path):
     screenshots = tmp_path / "screenshots"
     print(f"screenshots: {screenshots}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from tests.webui.browser import chromium
@@ -48,7 +47,6 @@ def turned(path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_each_message_is_shown_and_odd_photos_are_taken(tmp_path):
     from playwright.sync_api import expect
 
