@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gradio as gr
+from gradio.themes.utils.fonts import LocalFont
 
 # Of the weights that come with Gradio, 600 has letters for some words only.
-_SANS = gr.themes.utils.fonts.LocalFont("IBM Plex Sans", weights=(400, 700))
-_MONO = gr.themes.utils.fonts.LocalFont("IBM Plex Mono", weights=(400, 700))
+_SANS = LocalFont("IBM Plex Sans", weights=(400, 700))
+_MONO = LocalFont("IBM Plex Mono", weights=(400, 700))
 
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
