@@ -8,14 +8,35 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+from nora_diffusion.config import UserError
 from webui.database import Sessions
+from webui.models import Adapter, Subject
 from webui.paths import DataFolder
+
+Row = TypeVar("Row", Subject, Adapter)
 
 DAY_S = 86_400
 DAYS_IN_BIN = 30
+
+
+def owned(
+    session: Session, table: type[Row], what: str, owner: str, id: str, in_bin: bool = False
+) -> Row:
+    """The row of somebody's own thing, called ``what`` in messages, in the bin or out of it.
+
+    Raises:
+        UserError: when this owner has none of that id there.
+    """
+    row = session.get(table, id)
+    if row is None or row.owner != owner or (row.deleted_at is not None) != in_bin:
+        where = "in the bin" if in_bin else "here"
+        raise UserError(f"there is no such {what} {where} any more; load the page again")
+    return row
 
 
 def days_left(deleted_at: float, now: float | None = None) -> int:

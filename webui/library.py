@@ -17,7 +17,7 @@ from nora_diffusion.config import UserError
 from nora_diffusion.events import read_events
 from nora_diffusion.families import ASSETS, FAMILIES, locate
 from webui.adapter_file import AdapterFile, read_adapter
-from webui.bin import expired_before, forget_deleted_rows, remove_copies
+from webui.bin import expired_before, forget_deleted_rows, owned, remove_copies
 from webui.database import Sessions
 from webui.export import export
 from webui.models import Adapter, Job
@@ -321,11 +321,7 @@ class Library:
 
 
 def _owned(session: Session, owner: str, id: str, in_bin: bool = False) -> Adapter:
-    row = session.get(Adapter, id)
-    if row is None or row.owner != owner or (row.deleted_at is not None) != in_bin:
-        where = "in the bin" if in_bin else "here"
-        raise UserError(f"there is no such adapter {where} any more; load the page again")
-    return row
+    return owned(session, Adapter, "adapter", owner, id, in_bin)
 
 
 def _unused_name(session: Session, owner: str, name: str) -> str:

@@ -34,7 +34,7 @@ class DataFolder:
     no name that a person or a program gives can lead anywhere.
 
         nora.sqlite3   subjects/ID/photos/   runs/ID/   adapters/ID/   pictures/ID.png
-        exports/ID/    bin/KIND-ID/          cache/     latents/SUBJECT/   logs/JOB.log
+        exports/ID/    cache/                latents/SUBJECT/   logs/JOB.log
         uploads/       what browsers send, until it is taken over or too old
     """
 
@@ -101,7 +101,7 @@ class DataFolder:
 
 
 PARTS = (
-    "subjects", "runs", "adapters", "pictures", "exports", "bin", "cache", "latents", "logs",
+    "subjects", "runs", "adapters", "pictures", "exports", "cache", "latents", "logs",
     "uploads",
 )  # fmt: skip
 

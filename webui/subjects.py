@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from nora_diffusion.config import UserError
 from nora_diffusion.data import images
-from webui.bin import expired_before, forget_deleted_rows
+from webui.bin import expired_before, forget_deleted_rows, owned
 from webui.database import Sessions
 from webui.models import Choice, Job, Photo, Subject
 from webui.paths import NAME_LIMIT, DataFolder, clean_name, new_id
@@ -415,11 +415,7 @@ class Subjects:
 
 
 def _owned(session: Session, owner: str, id: str, in_bin: bool = False) -> Subject:
-    row = session.get(Subject, id)
-    if row is None or row.owner != owner or (row.deleted_at is not None) != in_bin:
-        where = "in the bin" if in_bin else "here"
-        raise UserError(f"there is no such subject {where} any more; load the page again")
-    return row
+    return owned(session, Subject, "subject", owner, id, in_bin)
 
 
 def _photo_of(subject: Subject, photo_id: str) -> Photo:
