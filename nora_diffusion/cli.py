@@ -1,31 +1,20 @@
 """The commands ``nora-dreambooth`` and ``nora``; whatever is heavy is imported inside them."""
 
-import argparse
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from nora_diffusion import __version__, commands
-from nora_diffusion.config import (
-    RUN_CONFIG,
-    ConfigError,
-    DreamboothConfig,
-    UserError,
-    load_config,
-    load_run,
-    shipped_configs,
-)
+from nora_diffusion import commands
+from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS, find_preset
-from nora_diffusion.run_folder import check_free
-from nora_diffusion.schema import get_key, list_keys
-from nora_diffusion.settings import part_overrides, quote, to_toml
+from nora_diffusion.run_command import how_to_resume, read_command_line
+from nora_diffusion.schema import get_key
+from nora_diffusion.settings import quote, to_toml
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 MEMORY_CURES = (
@@ -112,7 +101,8 @@ def _dreambooth(argv: Sequence[str]) -> int:
     try:
         dreambooth.run(config, resume=resume)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or f"stopped; {_how_to_resume(config)}") from None
+        cure = how_to_resume(config, config.output.dir)
+        raise KeyboardInterrupt(str(stop) or f"stopped; {cure}") from None
     return 0
 
 
@@ -127,79 +117,12 @@ def _settle_for_all(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None
 
 def _settle(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None:
     """The config to train with, and whether it continues a run; None after a dry run."""
-    argv, overrides = part_overrides(argv)
-    args, unknown = _dreambooth_parser().parse_known_args(argv)
-    overrides += unknown
-    config, resume = _load(args.config, args.resume, overrides, args.preset)
-    if args.dry_run:
-        _dry_run(config, args.preset)
+    about = "Teach a diffusion model your subject from 1 to 20 photos."
+    given = read_command_line(DreamboothConfig, argv, about, PRESETS)
+    if given.dry_run:
+        _dry_run(given.config, given.preset)
         return None
-    return config, resume
-
-
-def _dreambooth_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nora-dreambooth",
-        usage="%(prog)s CONFIG [--preset P] [--section.key value ...] [--dry-run] [--resume DIR]",
-        description="Teach a diffusion model your subject from 1 to 20 photos.",
-        epilog='Lists: repeat the flag, or give a TOML array. "none" unsets a key that allows it.',
-        allow_abbrev=False,
-    )
-    names = ", ".join(shipped_configs())
-    parser.add_argument(
-        "config", metavar="CONFIG", nargs="?", help=f"a TOML file, or a shipped config: {names}"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and stop"
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="DIR",
-        help="continue the run in DIR with its own settings; start one there if there is none",
-    )
-    parser.add_argument(
-        "--preset",
-        metavar="P",
-        help=f"settings for a card of that size, listed below: {', '.join(PRESETS)}; they go "
-        "before the config, and --section.key goes before them",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    groups: dict[type, Any] = {}
-    for key in list_keys(DreamboothConfig):
-        if key.section not in groups:
-            title = f"[{key.name.split('.')[0]}]"
-            groups[key.section] = parser.add_argument_group(title, key.section.__doc__)
-        default = "required" if key.required else f"default {quote(key.default)}"
-        text = f"{key.help} ({key.allowed}; {default})"
-        groups[key.section].add_argument(f"--{key.name}", metavar="V", help=text.replace("%", "%%"))
-    for name, choices in PRESETS.items():
-        parser.add_argument_group(f"--preset {name}", " ".join(map(str, choices)))
-    return parser
-
-
-def _load(
-    source: str | None, resume: str | None, overrides: list[str], preset: str | None
-) -> tuple[DreamboothConfig, bool]:
-    """The config to train with, and whether it continues a run."""
-    own = None if resume is None else Path(resume).expanduser() / RUN_CONFIG
-    if own is not None and own.is_file():
-        config = load_run(own.parent, overrides, preset)
-        if source is not None:
-            print(f"resuming with the run's own settings ({own}), not {source}", file=sys.stderr)
-        return config, True
-    if source is None:
-        names = ", ".join(shipped_configs())
-        where = "" if resume is None else f" ({resume} holds no {RUN_CONFIG} to resume from)"
-        raise ConfigError(
-            [f"CONFIG: missing{where}; give a TOML file or a shipped config: {names}"],
-            "the command line",
-        )
-    if resume is not None:
-        overrides = [*overrides, f"output.dir={resume}"]
-    config = load_config(source, overrides, preset)
-    given_as = "output.dir =" if resume is None else "--resume"
-    check_free(Path(config.output.dir).expanduser(), given_as)
-    return config, False
+    return given.config, given.resume
 
 
 def _dry_run(config: DreamboothConfig, preset: str | None) -> None:
@@ -248,13 +171,3 @@ def _of_base(
         return sizes, plan_memory(config, pictures, photos, shards).lines()
     except UserError as error:  # configs that cannot be had now may be there at the run
         return None, [f"predicted memory: unknown, because of {error}"]
-
-
-def _how_to_resume(config: DreamboothConfig) -> str:
-    folder = Path(config.output.dir).expanduser()
-    if not (folder / RUN_CONFIG).is_file():
-        return "nothing had been written yet"
-    command = f"nora-dreambooth --resume {shlex.quote(config.output.dir)}"
-    if any((folder / "checkpoints").glob("step-*")):
-        return f"continue from its newest checkpoint with: {command}"
-    return f"no checkpoint had been saved; start again with: {command}"

@@ -1,38 +1,29 @@
-"""The one schema: config files, command-line overrides, form fields and saved runs come from it."""
+"""The schema of ``nora-dreambooth``: its files, overrides, form fields and saved runs."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from nora_diffusion.disk import write_atomically
-from nora_diffusion.presets import Choice, find_preset
-from nora_diffusion.schema import Section, get_key, list_keys, setting
+from nora_diffusion import run_config
+from nora_diffusion.presets import find_preset
+from nora_diffusion.run_config import RUN_CONFIG, save_config
+from nora_diffusion.schema import RunConfig, Section, setting
 from nora_diffusion.sections import Adapter, Model, Output, Sample, TextEncoder, Train
-from nora_diffusion.settings import (
-    ConfigError,
-    UserError,
-    apply_overrides,
-    quote,
-    read_toml,
-    to_toml,
-    validate,
-)
+from nora_diffusion.settings import ConfigError, UserError
 from nora_diffusion.subjects import Subject, SubjectFolder, find_problems, settle_subjects
 
 __all__ = [
+    "RUN_CONFIG",
     "ConfigError",
     "DreamboothConfig",
     "SubjectFolder",
     "UserError",
     "load_config",
     "load_run",
+    "save_config",
 ]
-
-RUN_CONFIG = "config.toml"
-"""Name of the resolved config inside a run folder."""
 
 
 class Data(Section):
@@ -129,8 +120,10 @@ class Data(Section):
         return settle_subjects(self)
 
 
-class DreamboothConfig(Section):
+class DreamboothConfig(RunConfig):
     """All settings of one ``nora-dreambooth`` run."""
+
+    command: ClassVar[str] = "nora-dreambooth"
 
     model: Model = Model()
     adapter: Adapter = Adapter()
@@ -160,11 +153,8 @@ def fill_prompt(text: str, trigger: str, class_name: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
-    package = Path(__file__).parent
-    # A wheel carries them inside the package; a checkout keeps them at its top level.
-    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    """The configs for ``nora-dreambooth`` that come with the package, by name."""
+    return run_config.shipped_configs(DreamboothConfig.command)
 
 
 def load_config(
@@ -181,101 +171,21 @@ def load_config(
         ConfigError: naming every problem at once.
     """
     choices = () if preset is None else find_preset(preset)
-    given = _lay_over(read_toml(find_config(source)), choices)
-    values, problems = apply_overrides(DreamboothConfig, given, overrides)
-    origin = f"{source} and the command line" if overrides else str(source)
-    return validate(DreamboothConfig, values, origin, problems)
-
-
-def _lay_over(values: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
-    """A preset's choices over the values of a file."""
-    merged = dict(values)
-    for choice in choices:
-        section, key = choice.key.split(".")
-        given = merged.get(section, {})
-        if isinstance(given, dict):  # else validate says what is wrong with the section
-            merged[section] = {**cast(dict[str, Any], given), key: choice.value}
-    return merged
-
-
-def find_config(source: str | Path) -> Path:
-    """The file behind a path or a shipped name.
-
-    Raises:
-        ConfigError: when there is no such file and no shipped config of that name.
-    """
-    shipped = shipped_configs()
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if str(source) in shipped:
-        return shipped[str(source)]
-    near = difflib.get_close_matches(str(source), shipped, n=1)
-    problem = f"CONFIG = {quote(str(source))}: no such file, nor one of {', '.join(shipped)}"
-    problem += f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError([problem], "the command line")
-
-
-def save_config(config: DreamboothConfig, folder: str | Path) -> Path:
-    """Write the resolved config into a run folder, atomically; returns its path."""
-    path = Path(folder) / RUN_CONFIG
-    text = f"# Continue this run with: nora-dreambooth --resume DIR\n{to_toml(config)}"
-    write_atomically(path, text.encode())
-    return path
-
-
-_SPOILT = (
-    "The run's checkpoints do not depend on this file. Print the settings the run was started with "
-    "by nora-dreambooth CONFIG ... --dry-run (with another --output.dir), put them in its place, "
-    "and resume: they are compared with those of the checkpoint."
-)
+    return run_config.load_config(DreamboothConfig, source, overrides, choices)
 
 
 def load_run(
     folder: str | Path, overrides: Sequence[str] = (), preset: str | None = None
 ) -> DreamboothConfig:
-    """The config of an existing run, for resuming it.
+    """The config of an existing run, for resuming it; see ``run_config.load_run``.
 
     Args:
-        folder: the run folder; it becomes ``output.dir``, so a run may have been moved.
-        overrides: may change only the keys that leave finished steps as they are (and repeat
-            any other key with the run's own value).
+        folder: the run folder.
+        overrides: may change only the keys that leave finished steps as they are.
         preset: taken before the overrides, under the same rule.
 
     Raises:
         ConfigError: when an override contradicts the run, or its config is spoilt.
     """
-    path = Path(folder) / RUN_CONFIG
-    try:
-        saved = read_toml(path)
-        if isinstance(output := saved.setdefault("output", {}), dict):
-            output["dir"] = str(folder)
-        before = validate(DreamboothConfig, saved, str(path))
-    except ConfigError as error:
-        raise ConfigError(error.problems, str(path), _SPOILT) from None
     choices = () if preset is None else find_preset(preset)
-    given = _lay_over(saved, choices)
-    values, problems = apply_overrides(DreamboothConfig, given, overrides)
-    after = validate(DreamboothConfig, values, f"{path} and the command line", problems)
-
-    keys = list_keys(DreamboothConfig)
-    free = ", ".join(key.name for key in keys if key.resume)
-    contradictions = [
-        f"{key.name} = {quote(get_key(after, key.name))}: this run was started with "
-        f"{quote(get_key(before, key.name))}"
-        for key in keys
-        if not key.resume and _differs(key.name, before, after)
-    ]
-    if contradictions:
-        cure = f"A resumed run can change only {free}; for others start one in a new output.dir."
-        raise ConfigError(contradictions, f"the settings for resuming {folder}", cure)
-    return after
-
-
-def _differs(name: str, before: DreamboothConfig, after: DreamboothConfig) -> bool:
-    old, new = get_key(before, name), get_key(after, name)
-    if name == "output.dir":
-        return Path(old).resolve() != Path(new).resolve()
-    if name == "data.subjects":  # photos may be in another place
-        old, new = ([one.model_dump(exclude={"path"}) for one in each] for each in (old, new))
-    return old != new
+    return run_config.load_run(DreamboothConfig, folder, overrides, choices)

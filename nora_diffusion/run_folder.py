@@ -3,16 +3,18 @@
 import shlex
 from pathlib import Path
 
-from nora_diffusion.config import RUN_CONFIG, UserError
 from nora_diffusion.disk import is_temporary
 from nora_diffusion.events import read_events
-from nora_diffusion.settings import quote
+from nora_diffusion.run_config import RUN_CONFIG
+from nora_diffusion.settings import UserError, quote
 
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
-def check_free(folder: Path, given_as: str = "output.dir =") -> None:
+def check_free(
+    folder: Path, given_as: str = "output.dir =", command: str = "nora-dreambooth"
+) -> None:
     """Refuse a folder that holds something.
 
     A run that ended in an error before its first checkpoint is nothing: the corrected command may
@@ -21,6 +23,7 @@ def check_free(folder: Path, given_as: str = "output.dir =") -> None:
     Args:
         folder: where the run shall go; it need not exist.
         given_as: what stands before it in messages.
+        command: what continues a run that is there.
 
     Raises:
         UserError: saying what to do.
@@ -42,7 +45,7 @@ def check_free(folder: Path, given_as: str = "output.dir =") -> None:
         ) from None
     raise UserError(
         f"{shown}: already holds a run; continue it with "
-        f"nora-dreambooth --resume {shlex.quote(str(folder))}, or give another --output.dir"
+        f"{command} --resume {shlex.quote(str(folder))}, or give another --output.dir"
     )
 
 

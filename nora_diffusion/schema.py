@@ -3,7 +3,7 @@
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +26,16 @@ class Section(BaseModel):
             name: None if value == "none" and name in fields and nullable(fields[name]) else value
             for name, value in cast(dict[str, Any], data).items()
         }
+
+
+class RunConfig(Section):
+    """Base of the whole schemas: all settings of one run of a training command.
+
+    Attributes:
+        command: what users type before CONFIG.
+    """
+
+    command: ClassVar[str]
 
 
 def setting(
@@ -99,7 +109,7 @@ def list_keys(schema: type[BaseModel]) -> tuple[Key, ...]:
                     help=field.description or "",
                     allowed=allowed_values(field),
                     unit=extra["unit"],
-                    resume=extra["resume"],
+                    resume=may_change(field),
                 )
             )
     return tuple(keys)
@@ -138,6 +148,11 @@ def entry_section(field: FieldInfo) -> type[Section] | None:
     """
     element = element_type(field)
     return element if isinstance(element, type) and issubclass(element, Section) else None
+
+
+def may_change(field: FieldInfo) -> bool:
+    """Whether a resumed run may have another value of a field than the run before it."""
+    return bool(cast(dict[str, Any], field.json_schema_extra)["resume"])
 
 
 def allowed_values(field: FieldInfo) -> str:

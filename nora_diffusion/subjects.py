@@ -12,7 +12,9 @@ from nora_diffusion.schema import Section, setting
 class Subject(Section):
     """One of several subjects; what it leaves out is taken from ``[data]``."""
 
-    path: str = setting(..., "Folder with 1 to 20 photos of this subject.", min_length=1)
+    path: str = setting(
+        ..., "Folder with 1 to 20 photos of this subject.", min_length=1, resume=True
+    )
     trigger: str | None = setting(None, "Word that will stand for it in prompts.", min_length=1)
     class_name: str | None = setting(None, "Common noun for it.", min_length=1)
     repeats: int | None = setting(None, "Times an epoch shows each of its photos.", ge=1)
