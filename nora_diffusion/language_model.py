@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
+from nora_diffusion.adapter.files import load_adapter
+from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.settings import UserError, quote
 
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -86,19 +89,37 @@ def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize
         )
         options["device_map"] = {"": device}
     model = _load(AutoModelForCausalLM, base, **options)
-    if model.hf_quantizer is not None and quantize == "none":
-        # transformers turns GGUF into plain weights, but goes on calling them quantised.
+    if "gguf_file" in locate(base) and quantize == "none":
+        # transformers makes plain weights of them, but goes on calling the model quantised.
         model.hf_quantizer = None
-        for name in ("is_quantized", "quantization_method"):
-            model.__dict__.pop(name, None)
         del model.config.quantization_config
     model.requires_grad_(False)
     return (model if quantize != "none" else model.to(device)).eval()
 
 
-def load_config(base: str) -> Any:
-    """The architecture of a base, without its weights (a GGUF file is read for it)."""
-    return _load(AutoConfig, base)
+def load_skeleton(base: str) -> Any:
+    """A base without its weights, for names and shapes (a GGUF file is read for its config)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_load(AutoConfig, base))
+
+
+def load_run_model(folder: Path, config: LanguageConfig, device: torch.device) -> Any:
+    """The adapted model of a finished run.
+
+    Raises:
+        UserError: when the run has no adapter yet.
+    """
+    native, lora = folder / ADAPTER_FILE, folder / LORA_FOLDER
+    of_lora = config.adapter.method == "lora"
+    if not (lora if of_lora else native).exists():
+        raise UserError(
+            f"{folder}: holds no finished run; go on with: {config.command} --resume {folder}"
+        )
+    model = load_model(config.model.base, config.model.dtype, device, config.model.quantize)
+    if of_lora:
+        return PeftModel.from_pretrained(model, str(lora)).eval()
+    load_adapter(model, native)
+    return model.eval()
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

@@ -35,6 +35,10 @@ MAY_IMPORT = {
     "run_config": {"disk", "presets", "schema", "settings"},
     "run_folder": {"disk", "events", "run_config", "settings"},
     "run_command": BASE,
+    "language_config": {"schema", "sections"},
+    "language_model": BASE | {"adapter", "language_config"},
+    "language_command": BASE
+    | {"evaluation", "families", "language_config", "language_model", "run_command", "train"},
     "config": {"presets", "run_config", "schema", "sections", "settings", "subjects"},
     "events": {"disk"},
     "adapter.factor_cache": set(),
@@ -55,6 +59,9 @@ MAY_IMPORT = {
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
     | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
+    "train.language": BASE
+    | {"adapter", "data", "evaluation", "families", "language_config", "language_model"}
+    | {"run_command", "train"},
     "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
@@ -68,6 +75,7 @@ MAY_IMPORT = {
         "train",
         "campaign",
         "run_command",
+        "language_command",
     },
     "cli": BASE | {"run_command", "commands", "data", "train"},
     "webui.worker": BASE

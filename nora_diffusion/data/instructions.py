@@ -1,8 +1,8 @@
 """Instruction files as token sequences in which the answers alone are trained.
 
-A file is a JSON array or one JSON object a line. An example is ``instruction``, ``input`` (may be
-empty) and ``output``, as in LLM-Adapters (arXiv 2304.01933), or ``messages``: a chat of ``role`` and
-``content``.
+A file is a JSON array, or has one JSON object a line. An example is ``instruction``, ``input`` (may
+be empty) and ``output``, as in LLM-Adapters (arXiv 2304.01933), or ``messages``: a chat of ``role``
+and ``content``.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Collator:
     Attributes:
         pad_id: token that fills a row up; any will do, nothing sees it.
         packed: whether rows hold several examples. Their positions start again with each example,
-            and transformers keeps apart what such positions part (its masks read it off them).
+            and transformers keeps apart what such positions part: its masks read it off them, but
+            only where no cache of keys and values is made, so a batch says ``use_cache=False``.
         logits_to_keep: whether the model takes that argument. Then it computes logits only where
             some row has a trained token: of a 49,000-word vocabulary most of a step's memory.
     """
@@ -68,7 +69,7 @@ class Collator:
                 # A position predicts the next token; the first of an example is predicted by none.
                 targets[index, start : end - 1] = torch.tensor(example.labels[1:])
                 start = end
-        batch: dict[str, Tensor] = {"input_ids": input_ids}
+        batch: dict[str, Tensor | bool] = {"input_ids": input_ids, "use_cache": False}
         if self.packed:
             batch["position_ids"] = position_ids
         if self.logits_to_keep:

@@ -60,6 +60,7 @@ class Scores:
         correct: index of the right option.
         likelihood: index of the option found most likely.
         generated: index of the option written, -1 for none.
+        probability: of the right option among the options, by their likelihoods.
         chance: accuracy of guessing.
     """
 
@@ -67,6 +68,7 @@ class Scores:
     correct: list[int]
     likelihood: list[int]
     generated: list[int]
+    probability: list[float]
     chance: float
 
     @property
@@ -131,14 +133,16 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        likelihood, generated = _answer(
+        scored, generated = _answer(
             model, tokenizer, questions, batch_size, max_new_tokens, name, progress
         )
     finally:
         model.train(training)
     chance = sum(1 / len(question.options) for question in questions) / len(questions)
     correct = [question.correct for question in questions]
-    scores = Scores(name, correct, likelihood, generated, chance)
+    likelihood = [int(of_options.argmax()) for of_options in scored]
+    probability = [float(o.softmax(0)[c]) for o, c in zip(scored, correct, strict=True)]
+    scores = Scores(name, correct, likelihood, generated, probability, chance)
     if stored is not None:
         write_atomically(stored, json.dumps(asdict(scores)).encode())
     return scores
@@ -226,13 +230,14 @@ def _answer(
     max_new_tokens: int,
     name: str,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[int], list[int]]:
-    """Most likely and written option of each question."""
+) -> tuple[list[Tensor], list[int]]:
+    """Log-likelihoods of the options, and the written option, of each question."""
     tokens = [_tokenise(tokenizer, question) for question in questions]
     # Of like length side by side, so that little is padded; the longest first, which needs most
     # memory.
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].prompt), reverse=True)
-    likelihood, generated = [-1] * len(tokens), [-1] * len(tokens)
+    likelihoods: dict[int, Tensor] = {}
+    generated: dict[int, int] = {}
     device = next(model.parameters()).device
     bar = tqdm(total=len(tokens), desc=name, unit="q", leave=False, disable=progress is not None)
     done = 0
@@ -243,15 +248,15 @@ def _answer(
         texts = tokenizer.batch_decode(
             _generate(model, prompts, tokenizer, max_new_tokens), skip_special_tokens=True
         )
-        for index, best, text in zip(chosen, scored, texts, strict=True):
-            likelihood[index] = best
+        for index, of_options, text in zip(chosen, scored, texts, strict=True):
+            likelihoods[index] = of_options.cpu()
             generated[index] = first_option(text, questions[index].options)
         done += len(chosen)
         bar.update(len(chosen))
         if progress is not None:
             progress(done, len(tokens))
     bar.close()
-    return likelihood, generated
+    return [likelihoods[i] for i in range(len(tokens))], [generated[i] for i in range(len(tokens))]
 
 
 def _tokenise(tokenizer: Any, question: Question) -> _Tokens:
@@ -307,8 +312,8 @@ class _Prefix:
         return out.logits.float().log_softmax(-1)
 
 
-def _score_options(model: nn.Module, prompts: _Prefix, batch: Sequence[_Tokens]) -> list[int]:
-    """The most likely option of each question, from the prompts as read once."""
+def _score_options(model: nn.Module, prompts: _Prefix, batch: Sequence[_Tokens]) -> list[Tensor]:
+    """Log-likelihood of each option of each question, up to what all options share."""
     cache = copy.deepcopy(prompts.cache)
     if not all(tokens.decided_at_once for tokens in batch):
         return _score_whole_answers(model, prompts, batch, cache)
@@ -318,14 +323,14 @@ def _score_options(model: nn.Module, prompts: _Prefix, batch: Sequence[_Tokens])
         rows = zip(batch, log_p, after, strict=True)
         log_p = torch.stack([row[t.shared - 1] if t.shared else first for t, first, row in rows])
     return [
-        int(row[[answer[-1] for answer in tokens.answers]].argmax())
+        row[[answer[-1] for answer in tokens.answers]]
         for tokens, row in zip(batch, log_p, strict=True)
     ]
 
 
 def _score_whole_answers(
     model: nn.Module, prompts: _Prefix, batch: Sequence[_Tokens], cache: Any
-) -> list[int]:
+) -> list[Tensor]:
     most = max(len(tokens.answers) for tokens in batch)
     cache.batch_repeat_interleave(most)
     answers = [tokens.answers[min(i, len(tokens.answers) - 1)] for tokens in batch
@@ -336,10 +341,7 @@ def _score_whole_answers(
     of_tokens = log_p.gather(2, ids[:, :, None]).squeeze(2)
     sums = [float(row[: len(answer)].sum()) for row, answer in zip(of_tokens, answers, strict=True)]
     scores = torch.tensor(sums).view(len(batch), most)
-    return [
-        int(row[: len(tokens.answers)].argmax())
-        for tokens, row in zip(batch, scores, strict=True)
-    ]
+    return [row[: len(t.answers)] for t, row in zip(batch, scores, strict=True)]
 
 
 def _generate(

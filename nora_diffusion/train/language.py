@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import prepare_model_for_kbit_training
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from nora_diffusion.language_model import (
     ADAPTER_FILE,
     LORA_FOLDER,
     load_model,
+    load_skeleton,
     load_tokenizer,
     locate,
     takes_logits_to_keep,
@@ -93,6 +95,28 @@ def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
     return folder
 
 
+def describe(cfg: LanguageConfig) -> list[str]:
+    """What a run would find, for a dry run.
+
+    Raises:
+        UserError: on settings or data that cannot be used.
+    """
+    device = resolve_device(cfg.model.device)
+    tokenizer = load_tokenizer(cfg.model.base)
+    encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
+    questions = [f"{file}: {len(read_questions(file, cfg.eval.limit))} questions"
+                 for file in cfg.eval.files]  # fmt: skip
+    skeleton = load_skeleton(cfg.model.base)
+    model = add_adapter(skeleton, adapter_config(cfg.adapter, skeleton))
+    rows = make_rows(cfg, encoded.examples)
+    return [str(encoded), *questions, _sizes(model, rows, device)]
+
+
+def _sizes(model: nn.Module, rows: Sequence[object], device: torch.device) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{len(rows)} rows; {trained:,} trained parameters on {device}"
+
+
 def _run(
     cfg: LanguageConfig, folder: Path, resume: bool, report: Report, processes: Processes
 ) -> None:
@@ -111,8 +135,7 @@ def _run(
     model = add_adapter(base, config, quantized=cfg.model.quantize != "none")
     if checkpoint is None:  # else its files hold the fitted factors
         fit(model, config, rows, collator, cfg.train)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report.say(f"{len(rows)} rows; {trained:,} trained parameters on {device}")
+    report.say(_sizes(model, rows, device))
     arguments = training_arguments(cfg.train, folder / CHECKPOINTS, device)
     with StopSignal(patient=processes.count > 1) as stop:
         follow = Follow(report, stop, processes)
@@ -210,7 +233,7 @@ def fit(
 
     def step(start: int) -> Tensor:
         batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
-        return model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        return model(**send_to_device(batch, device)).loss
 
     fit_basis(model, starts, step)
 
