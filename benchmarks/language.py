@@ -67,11 +67,12 @@ class Size:
     train_examples: int  # a set, at most
     validation_questions: int  # a set, from the end of the training file
     test_questions: int | None  # a set; None: all
+    fit_batches: int  # for the bases that are fitted to data
     system_turn: bool  # of SmolLM2's chat template: 23 more tokens an example
 
 
-SMALL = Size(80, 40, 4, 400, 16, 64, False)
-FULL = Size(512, 1000, 16, 10_000, 200, None, True)
+SMALL = Size(80, 40, 4, 400, 16, 64, 8, False)
+FULL = Size(512, 1000, 16, 10_000, 200, None, 32, True)
 
 
 def methods() -> dict[str, Any]:
@@ -106,7 +107,7 @@ def main() -> None:
         return
     size = FULL if args.full else SMALL
     if args.smoke:
-        size = Size(80, 2, 2, 20, 2, 2, False)
+        size = Size(80, 2, 2, 20, 2, 2, 1, False)
     device = resolve_device(args.device)
     Benchmark(args.base, device, size, args.data, args.work, args.smoke).run()
 
@@ -199,7 +200,7 @@ class Benchmark:
         if isinstance(config, NoraConfig):
             config.seed = seed
         model = add_adapter(self.base, config, seed=seed)
-        fit(model, config, self.train, self.collator, cfg)
+        fit(model, config, self.train, self.collator, cfg, size.fit_batches)
         batch = send_to_device(self.collator(self.train[:4]), self.device)
         saved = bytes_saved(model, lambda: model(**batch))
         if self.device.type == "cuda":

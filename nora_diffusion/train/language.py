@@ -204,8 +204,8 @@ def add_adapter(
     torch.manual_seed(getattr(config, "seed", 0) if seed is None else seed)
     try:
         return cast(PeftModel, get_peft_model(base, config))
-    except ValueError as error:
-        if "arget modules" not in str(error):
+    except (TypeError, ValueError) as error:  # none found, or one that is no linear layer
+        if "arget module" not in str(error):
             raise
         raise UserError(f"adapter.target_modules: {error}") from error
 
@@ -223,13 +223,14 @@ def fit(
     rows: Sequence[Sequence[Example]],
     collator: Collator,
     cfg: Train,
+    batches: int = FIT_BATCHES,
 ) -> None:
     """Fit a data-driven basis to training data; does nothing for one derived from the weights."""
     if getattr(config, "basis", None) not in DATA_BASES:
         return
     device = next(model.parameters()).device
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    starts = range(0, min(len(rows), FIT_BATCHES * cfg.batch_size), cfg.batch_size)
+    starts = range(0, min(len(rows), batches * cfg.batch_size), cfg.batch_size)
 
     def step(start: int) -> Tensor:
         batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
@@ -240,7 +241,13 @@ def fit(
 
 def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:
     """The config's section [train] as transformers names it."""
+    # Named only where it is asked for: releases of transformers differ in how they call it.
+    checkpointing: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
     return TrainingArguments(
+        **(checkpointing if cfg.gradient_checkpointing else {}),
         output_dir=str(folder),
         use_cpu=device.type == "cpu",
         max_steps=cfg.steps,
@@ -254,8 +261,6 @@ def training_arguments(cfg: Train, folder: Path, device: torch.device) -> Traini
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         seed=cfg.seed,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         save_steps=cfg.checkpoint_every,
         save_total_limit=cfg.checkpoints_keep,
         logging_steps=1,  # Report sums up
