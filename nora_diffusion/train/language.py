@@ -435,9 +435,9 @@ def _write_scores(folder: Path, before: Sequence[Scores], after: Sequence[Scores
         }
 
     rows = [
-        {"file": b.name, "questions": len(b.correct), "chance": b.chance,
-         "before": summary(b), "after": summary(a)}
-        for b, a in zip(before, after, strict=True)
+        {"file": first.name, "questions": len(first.correct), "chance": first.chance,
+         "before": summary(first), "after": summary(last)}
+        for first, last in zip(before, after, strict=True)
     ]  # fmt: skip
     write_atomically(folder / SCORES, json.dumps(rows, indent=2).encode())
     return table([("before", before), ("after", after)])
