@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModel
 
 from nora_diffusion.adapter import NoraConfig, deferred_factors, iter_nora_layers
 from nora_diffusion.adapter.components import plain_name, restored
-from nora_diffusion.config import UserError, find_config, read_toml, shipped_configs
+from nora_diffusion.config import DreamboothConfig, UserError, shipped_configs
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
+from nora_diffusion.run_config import find_config
+from nora_diffusion.settings import read_toml
 
 LORA_RANK = 16
 """Of the LoRA whose size stands beside."""
@@ -178,7 +180,8 @@ def _base_of(source: str) -> str:
     """A base, or that of a shipped config of this name."""
     if source not in shipped_configs():
         return source
-    return str(read_toml(find_config(source)).get("model", {}).get("base", source))
+    file = find_config(DreamboothConfig.command, source)
+    return str(read_toml(file).get("model", {}).get("base", source))
 
 
 def _transformers_source(source: str) -> Path | None:
