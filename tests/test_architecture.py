@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
+    "targets": BASE | {"adapter", "families"},
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
@@ -70,6 +71,7 @@ MAY_IMPORT = {
         "families",
         "denoiser_hooks",
         "sampling",
+        "targets",
         "data",
         "evaluation",
         "train",

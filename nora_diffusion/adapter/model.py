@@ -151,7 +151,7 @@ class NoraModel(BaseTuner):
         raise TypeError(
             f"target module {key!r} is a {type(base).__name__}; NoRA adapts torch.nn.Linear, "
             "torch.nn.Conv2d, transformers Conv1D and quantised linear layers; narrow "
-            "target_modules"
+            "target_modules, or leave it out (exclude_modules)"
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
