@@ -209,8 +209,16 @@ def test_in_chromium_from_photos_to_the_bin(tmp_path):
             listed.get_by_role("button", name="Edit: Hibiscus").click()
             expect(checks.locator("img")).to_have_count(4)
             page.click("#subject-delete")
-            page.get_by_role("button", name="Delete for good: Hibiscus").click()
+            purge = page.get_by_role("button", name="Delete for good: Hibiscus")
+            page.once("dialog", lambda dialog: dialog.dismiss())
+            purge.click()
+            page.wait_for_timeout(500)
+            expect(purge).to_be_visible()
+            asked: list[str] = []
+            page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept()))
+            purge.click()
             expect(page.locator("#subject-bin")).to_contain_text("Empty")
+            assert asked == ["Delete Hibiscus for good? It cannot be put back then."]
             assert wide() == 0
             photos = {path.read_bytes() for path in SAMPLES}
             files = [path for path in data.rglob("*") if path.is_file()]

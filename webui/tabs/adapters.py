@@ -16,7 +16,18 @@ from webui.messages import as_text, owner_of, reported
 from webui.recipe import bases
 from webui.studio import Studio
 from webui.tabs import Refresh
-from webui.tabs.pieces import Action, action_list, actions, card, cards, day, note, picture, told
+from webui.tabs.pieces import (
+    Action,
+    action_list,
+    actions,
+    bin_actions,
+    card,
+    cards,
+    day,
+    note,
+    picture,
+    told,
+)
 
 Values = Mapping[Component, Any]
 Updates = dict[Any, Any]
@@ -231,10 +242,7 @@ def _bin_html(found: Sequence[AdapterView]) -> str:
     items = []
     for one in found:
         left = days_left(one.deleted_at or 0)
-        buttons = actions(
-            Action("restore", "Put back", one.id, one.name),
-            Action("purge", "Delete for good", one.id, one.name),
-        )
+        buttons = bin_actions(one.id, one.name)
         lines = [one.base, f"gone for good in {left} days"]
         items.append(card(picture(one.thumbnail, ""), one.name, lines, buttons))
     return cards(items, "Empty. What you delete stays here for 30 days.")

@@ -19,7 +19,8 @@ from webui.messages import as_text
 ACTIONS_JS = """
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-do]');
-  if (button) trigger('click', { action: button.dataset.do, id: button.dataset.id });
+  if (!button || (button.dataset.ask && !window.confirm(button.dataset.ask))) return;
+  trigger('click', { action: button.dataset.do, id: button.dataset.id });
 });
 element.addEventListener('change', event => {
   const box = event.target.closest('textarea[data-id]');
@@ -31,17 +32,29 @@ element.addEventListener('change', event => {
 
 
 class Action(NamedTuple):
-    """A button of a list: the word that Python gets, what is written on it, what it acts on."""
+    """A button of a list: the word that Python gets, what is written on it, what it acts on.
+
+    Where there is a question to ``ask``, the page asks it first.
+    """
 
     name: str
     label: str
     id: str
     about: str
+    ask: str = ""
 
 
 def actions(*given: Action) -> str:
     """A row of buttons, told apart for screen readers by what they are about."""
     return '<div class="n-actions">' + "".join(_button(one) for one in given) + "</div>"
+
+
+def bin_actions(id: str, name: str) -> str:
+    """What can be done with a thing in the bin."""
+    ask = f"Delete {name} for good? It cannot be put back then."
+    return actions(
+        Action("restore", "Put back", id, name), Action("purge", "Delete for good", id, name, ask)
+    )
 
 
 def action_list(elem_id: str, label: str) -> gr.HTML:
@@ -96,8 +109,9 @@ def count(number: int, thing: str) -> str:
 
 
 def _button(action: Action) -> str:
+    asked = f'data-ask="{as_text(action.ask)}" ' if action.ask else ""
     return (
-        f'<button type="button" data-do="{action.name}" data-id="{action.id}" '
+        f'<button type="button" data-do="{action.name}" data-id="{action.id}" {asked}'
         f'aria-label="{as_text(action.label)}: {as_text(action.about)}">{as_text(action.label)}'
         "</button>"
     )

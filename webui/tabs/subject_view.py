@@ -8,7 +8,7 @@ from pathlib import Path
 from webui.bin import days_left
 from webui.messages import as_text
 from webui.subjects import CAPTION_LIMIT, Check, SubjectView
-from webui.tabs.pieces import Action, actions, card, cards, count, day, note, picture
+from webui.tabs.pieces import Action, actions, bin_actions, card, cards, count, day, note, picture
 
 
 def photos_html(subject: SubjectView, checks: Sequence[Check]) -> str:
@@ -86,10 +86,7 @@ def bin_html(subjects: Sequence[SubjectView]) -> str:
     items = []
     for one in subjects:
         left = f"gone for good in {count(days_left(one.deleted_at or 0), 'day')}"
-        buttons = actions(
-            Action("restore", "Put back", one.id, one.name),
-            Action("purge", "Delete for good", one.id, one.name),
-        )
+        buttons = bin_actions(one.id, one.name)
         cover = picture(one.photos[0].thumbnail, "") if one.photos else ""
         items.append(card(cover, one.name, [count(len(one.photos), "photo"), left], buttons))
     return cards(items, "Empty. What you delete stays here for 30 days.")
