@@ -23,6 +23,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from nora_diffusion.mini.backgrounds import draw_background
 from nora_diffusion.mini.compose import Compositor, Placement, wording
 from nora_diffusion.mini.export import weights_hash
 from nora_diffusion.mini.sources import concepts, write_manifest
@@ -32,6 +33,7 @@ NAME = "mini-clip-64-v1"
 WIDTH, TEXT_LAYERS, VISION_LAYERS, PATCH_PX = 192, 2, 5, 16
 MEAN, DEVIATION = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SAVE_EVERY = 50  # steps
+_BACKGROUNDS, _SEED = 3000, 4
 _CLASS_WORD, _NO_PLACE, _BLURRED = 0.15, 0.1, 0.25  # shares of captions and of pictures
 
 
@@ -76,12 +78,7 @@ def draw_batch(compositor: Compositor, size: int, seed: int) -> Batch:
     emoji on the same background, so that neither half of a caption can be left unread.
     """
     random = Random(seed)
-    order = random.sample(range(len(compositor.concepts)), size // 2)
-    which, behind = [], []
-    for first, second in zip(order[::2], order[1::2], strict=True):
-        a, b = _two_places(compositor.phrases, random)
-        which += [first, first, second, second]
-        behind += [a, b, a, b]
+    which, behind = _squares(len(compositor.concepts), compositor.phrases, size, random)
     placements = [_placement(random) for _ in which]
     said = []
     for w, b, p in zip(which, behind, placements, strict=True):
@@ -100,6 +97,19 @@ def draw_batch(compositor: Compositor, size: int, seed: int) -> Batch:
     ]
     images = compositor.render(which, behind, placements)
     return Batch(_blur(images, random), [text for _, _, text in said], torch.tensor(truth))
+
+
+def _squares(
+    n_concepts: int, phrases: list[str], size: int, random: Random
+) -> tuple[list[int], list[int]]:
+    """Indices of `size` emoji and backgrounds: two emoji on the same two backgrounds, and so on."""
+    order = random.sample(range(n_concepts), size // 2)
+    which, behind = [], []
+    for first, second in zip(order[::2], order[1::2], strict=True):
+        a, b = _two_places(phrases, random)
+        which += [first, first, second, second]
+        behind += [a, b, a, b]
+    return which, behind
 
 
 def _two_places(phrases: list[str], random: Random) -> tuple[int, int]:
@@ -187,10 +197,10 @@ def train_clip(
     if further and trained.step < total:
         seen = concepts(work, concept_set)
         write_manifest(seen, work / "manifests" / "clip.txt")
-        compositor = Compositor(seen, size_px, backgrounds=3000, device=device, seed=4)
+        compositor = Compositor(seen, size_px, _BACKGROUNDS, device, _SEED)
         begin, losses = time.perf_counter(), []
         while trained.step < total:
-            batch = draw_batch(compositor, batch_size, seed=4_000_000 + trained.step)
+            batch = draw_batch(compositor, batch_size, _seed_of(trained.step))
             loss = contrastive_loss(model, batch, tokenizer)
             loss.backward()
             trained.update(learning_rate_at(trained.step, total, learning_rate, warmup=100))
@@ -207,6 +217,27 @@ def train_clip(
                 begin, losses = time.perf_counter(), []
     trained.use_average()
     return model.eval(), trained.step
+
+
+def _seed_of(step: int) -> int:
+    return _SEED * 1_000_000 + step
+
+
+def shown_pairs(
+    work: Path, size_px: int, steps: int, concept_set: str, batch_size: int
+) -> set[tuple[str, str]]:
+    """The (emoji, background) pairs that `steps` steps of training have put together.
+
+    They are drawn again from the same seeds, in less than a minute.
+    """
+    seen = concepts(work, concept_set)
+    random = Random(_SEED)
+    phrases = [draw_background(size_px, random)[1] for _ in range(_BACKGROUNDS)]
+    pairs = set()
+    for step in range(steps):
+        indices = _squares(len(seen), phrases, batch_size, Random(_seed_of(step)))
+        pairs |= {(seen[w].name, phrases[b]) for w, b in zip(*indices, strict=True)}
+    return pairs
 
 
 def export_clip(
