@@ -4,10 +4,10 @@
 
 Classes are the emoji that no model of this project was ever shown. A picture is a frame of the
 emoji's animation (its still where it has none) on its own background; training and test pictures
-share neither frames nor backgrounds. Every method gets the same pictures, steps and batches, and its
-learning rate from the same number of tries on *other* classes that mini-CLIP was never shown either
-(faces, people, flags), so that the test classes choose nothing. NoRA's inner rank is 6: as many
-trained parameters as LoRA r 2.
+share no frame of an animation and no background. Every method gets the same pictures, steps and
+batches, and its learning rate from the same number of tries on *other* classes that mini-CLIP was
+never shown either (faces, people, flags), so that the test classes choose nothing. NoRA's inner
+rank is 6: as many trained parameters as LoRA r 2.
 
 Rows are saved as they come; the same command again goes on.
 """

@@ -169,16 +169,16 @@ def caption(folder: Path, base: Path, steps: int, batch_size: int) -> None:
     state = folder / f"projector-{steps}.safetensors"
     records = read_records(folder / "caption-train.json")
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.0)
-    step = 0
+    done = 0
     if state.exists():
         tensors, progress = load_state(state)
         projector.load_state_dict(tensors)
-        step = progress["step"]
+        done = progress["step"]
     else:
         align(model, processor, records)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()
     losses, begin = [], time.perf_counter()
-    for step in range(step, steps):
+    for step in range(done, steps):
         picked = [order[(step * batch_size + i) % len(order)] for i in range(batch_size)]
         items = [encode(processor, records[i]) for i in picked]
         loss = model(**collate(items, processor.tokenizer.pad_token_id)).loss
@@ -191,7 +191,10 @@ def caption(folder: Path, base: Path, steps: int, batch_size: int) -> None:
         losses.append(float(loss.detach()))
         if (step + 1) % 20 == 0:
             rate = len(losses) / (time.perf_counter() - begin)
-            print(f"caption step {step + 1}/{steps} loss {losses[-1]:.3f} {rate:.2f} steps/s")
+            print(
+                f"caption step {step + 1}/{steps} loss {losses[-1]:.3f} {rate:.2f} steps/s",
+                flush=True,
+            )
             save_state(state, dict(projector.state_dict()), {"step": step + 1})
     test = read_records(folder / "caption-test.json")
     said = answers(model, processor, test)
