@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -248,7 +249,7 @@ def export_clip(
     Returns:
         The hash of the weights.
     """
-    size_px = model.config.vision_config.image_size
+    size_px: Any = model.config.vision_config.image_size
     processor = CLIPProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": size_px},

@@ -292,7 +292,7 @@ def train_one(
     count = sum(p.numel() for p in trained)
     row = Row(method.name, shots, seed, accuracy(base, prompts, test), count, steps, seconds)
     if keep is not None:
-        model.save_pretrained(keep)
+        model.save_pretrained(str(keep))
     model.unload()
     return row, statistics.fmean(losses[-max(1, steps // 10) :])
 

@@ -5,6 +5,9 @@ would find `out_proj` alone. `split_attention` gives every one a linear layer, a
 `join_attention` packs them again, so that a merged model is saved in its own layout.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,8 +36,8 @@ class SplitAttention(nn.Module):
         self.batch_first = packed.batch_first
         weights = packed.in_proj_weight.chunk(3)
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
-        for name, weight, bias in zip(PROJECTIONS[:3], weights, biases, strict=True):
-            setattr(self, name, _linear(weight, bias))
+        parts = [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
+        self.q_proj, self.k_proj, self.v_proj = parts
         self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias)
         self.train(packed.training)
 
@@ -116,7 +119,7 @@ def join_attention(model: nn.Module) -> int:
     return _replace(model, SplitAttention, _packed)
 
 
-def _replace(model: nn.Module, old: type, make) -> int:
+def _replace(model: nn.Module, old: type, make: Callable[[Any], nn.Module]) -> int:
     found = [
         (parent, name, child)
         for parent in model.modules()

@@ -14,7 +14,13 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.data.image_instructions import Record, read_records
@@ -78,7 +84,8 @@ def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
         ) from None
     if not getattr(processor, "chat_template", None):
         raise UserError(f'model.base = "{base}": its processor has no chat template')
-    return model.requires_grad_(False).to("cuda" if cuda else "cpu"), processor
+    model.requires_grad_(False)
+    return (model.cuda() if cuda else model), processor
 
 
 def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
@@ -233,14 +240,27 @@ class _Told(TrainerCallback):
     def __init__(self, events: EventLog):
         self.events = events
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Writes loss and learning rate."""
         if logs and "loss" in logs:
             self.events.write(
                 "step", state.global_step, loss=logs["loss"], lr=logs["learning_rate"]
             )
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         """Writes that a checkpoint is there."""
         self.events.write("checkpoint", state.global_step)
 
@@ -300,7 +320,7 @@ def train_adapter(
     )
     checkpoints = list((folder / CHECKPOINTS).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints))
-    adapted.save_pretrained(folder / ADAPTER)
+    adapted.save_pretrained(str(folder / ADAPTER))
     result["trainable_parameters"] = adapted.get_nb_trainable_parameters()[0]
     result["steps"] = trainer.state.global_step
     if test:
