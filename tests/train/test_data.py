@@ -10,9 +10,10 @@ from PIL import Image
 
 from nora_diffusion import adapter_info
 from nora_diffusion.cli import main_dreambooth
-from nora_diffusion.config import UserError, load_run, to_toml
+from nora_diffusion.config import UserError, load_run
 from nora_diffusion.events import read_events
 from nora_diffusion.families.base import Framing
+from nora_diffusion.settings import to_toml
 from nora_diffusion.train import dreambooth
 from nora_diffusion.train.common import TrainingInterrupted
 from nora_diffusion.train.inputs import framing

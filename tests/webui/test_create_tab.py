@@ -12,7 +12,8 @@ from nora_diffusion.config import UserError
 from tests.webui.test_pictures import GOOD, png
 from webui.paths import new_id
 from webui.pictures import PictureView
-from webui.tabs.create import _CreateTab, has_safety_checker, settings_text
+from webui.tabs.create import _CreateTab
+from webui.tabs.create_view import has_safety_checker, settings_text
 
 REQUEST = SimpleNamespace(username=None)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.webui.browser import chromium
 from tests.webui.conftest import SAMPLES
 from tests.webui.server import Server
-from tests.webui.test_safety import png
+from tests.webui.test_picture_safety import png
 
 WHOLE = "give a whole JPEG, PNG, WebP or HEIC file"
 MESSAGES = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,26 +12,31 @@ from gradio.blocks import Block
 from gradio.components import Component
 
 from nora_diffusion.config import UserError
-from nora_diffusion.families import locate
 from webui.api import SAMPLING
 from webui.library import AdapterView
 from webui.messages import as_text, owner_of, reported
-from webui.pictures import PictureSettings, PictureView, read_settings
+from webui.pictures import PictureSettings, read_settings
 from webui.recipe import bases, defaults
-from webui.sampler import ADAPTERS_AT_MOST, SIDE_AT_MOST_PX, Drawn, Request, Weighted
+from webui.sampler import ADAPTERS_AT_MOST, SIDE_AT_MOST_PX, Request, Weighted
 from webui.studio import Studio
 from webui.tabs import Refresh
+from webui.tabs.create_view import (
+    COMPARED,
+    NO_ADAPTER,
+    SWEPT,
+    base_label,
+    caption,
+    config_of,
+    example,
+    problem_html,
+    safety_html,
+    settings_text,
+    sheet_caption,
+    told_html,
+)
 from webui.tabs.pieces import picture
 
-COMPARED = (0.0, 1.0)
-SWEPT = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 SHOWN_AT_ONCE = 30
-CAPTION_LETTERS = 60
-NO_ADAPTER = (
-    '<div class="run-empty"><strong>No adapter yet.</strong><p>Upload photos in the tab Subject '
-    "and train on them in the tab Train, or import a file in the tab Adapters. Until then the base "
-    "model can be tried alone.</p></div>"
-)
 SHOW_RESULTS = (
     "() => { document.getElementById('create-results').scrollIntoView({block: 'nearest'}); }"
 )
@@ -94,7 +97,7 @@ class _CreateTab:
         )  # fmt: skip
         self.prompt = gr.Textbox(
             label="Prompt", lines=3, max_length=4000, elem_id="create-prompt",
-            placeholder=_example(None),
+            placeholder=example(None),
         )  # fmt: skip
         self.negative = gr.Textbox(
             label="Negative prompt", lines=1, max_length=4000, elem_id="create-negative",
@@ -132,7 +135,7 @@ class _CreateTab:
             label="Results", columns=2, object_fit="contain", height="auto", type="filepath",
             interactive=False, elem_id="create-results", buttons=["download", "fullscreen"],
         )  # fmt: skip
-        self.told = gr.HTML(_safety_html("mini"), elem_id="create-told")
+        self.told = gr.HTML(safety_html("mini"), elem_id="create-told")
 
     def _make_gallery(self) -> None:
         with gr.Row(equal_height=False):
@@ -211,7 +214,7 @@ class _CreateTab:
                 return self._draw(values, strengths, owner_of(request), progress)
             except UserError as error:
                 # Not raised: Gradio would lay the word "Error" over the pictures that are there.
-                return {self.told: _problem_html(str(error)), self.stop: gr.update(visible=False)}
+                return {self.told: problem_html(str(error)), self.stop: gr.update(visible=False)}
 
         drawn = shown.then(
             draw, {*self.form, self.limit},
@@ -234,13 +237,13 @@ class _CreateTab:
             self.studio.pictures.add(owner, path, settings)
         if drawn.sheet is not None:
             self.studio.pictures.add(owner, drawn.sheet, drawn.sheet_settings)
-        shown = list(zip(map(str, drawn.files), map(_caption, drawn.settings), strict=True))
+        shown = list(zip(map(str, drawn.files), map(caption, drawn.settings), strict=True))
         if drawn.sheet is not None:  # its pictures are in the gallery
-            shown = [(str(drawn.sheet), _sheet_caption(strengths))]
+            shown = [(str(drawn.sheet), sheet_caption(strengths))]
         columns = 1 if len(shown) == 1 else 2
         return {
             self.results: gr.update(value=shown, columns=columns, selected_index=None),
-            self.told: _told_html(drawn),
+            self.told: told_html(drawn),
             self.stop: gr.update(visible=False),
             **self._gallery(owner, values[self.limit]),
         }
@@ -248,7 +251,7 @@ class _CreateTab:
     def _request(self, values: Values, owner: str) -> Request:
         prompt = (values[self.prompt] or "").strip()
         if not prompt:
-            raise UserError(f"prompt: write what to draw, such as “{_example(None)}”")
+            raise UserError(f"prompt: write what to draw, such as “{example(None)}”")
         chosen = [self.studio.library.get(owner, id) for id in values[self.adapters] or []]
         self._check_one_base(chosen)
         weights = self._weights(values)
@@ -276,8 +279,8 @@ class _CreateTab:
         for other in chosen[1:]:
             if other.base != chosen[0].base:
                 raise UserError(
-                    f"{chosen[0].name} was trained on {_base_label(chosen[0].base)} and "
-                    f"{other.name} on {_base_label(other.base)}; choose adapters of one base model"
+                    f"{chosen[0].name} was trained on {base_label(chosen[0].base)} and "
+                    f"{other.name} on {base_label(other.base)}; choose adapters of one base model"
                 )
 
     def _weights(self, values: Values) -> dict[str, float]:
@@ -302,10 +305,10 @@ class _CreateTab:
         drawn_on = chosen[0].base if chosen else base
         updates: Updates = {
             self.base: gr.update(visible=not chosen),
-            self.prompt: gr.update(placeholder=_example(chosen[0] if chosen else None)),
+            self.prompt: gr.update(placeholder=example(chosen[0] if chosen else None)),
             self.compare: gr.update(interactive=bool(chosen)),
             self.sweep: gr.update(interactive=bool(chosen)),
-            self.told: _safety_html(drawn_on),
+            self.told: safety_html(drawn_on),
             self.order: [one.id for one in chosen],
             self.basis: drawn_on,
         }
@@ -318,7 +321,7 @@ class _CreateTab:
             else:
                 updates[slider] = gr.update(visible=False, value=1.0)
         if drawn_on != basis:  # a person's own numbers stay while the base stays
-            sample = defaults(_config_of(drawn_on)).sample
+            sample = defaults(config_of(drawn_on)).sample
             updates[self.steps], updates[self.guidance] = sample.steps, sample.guidance
         return updates
 
@@ -343,7 +346,7 @@ class _CreateTab:
         shown = found[:limit]
         return {
             self.gallery: gr.update(
-                value=[(str(one.path), _caption(one.settings)) for one in shown],
+                value=[(str(one.path), caption(one.settings)) for one in shown],
                 selected_index=None,
             ),
             self.shown: [one.id for one in shown],
@@ -359,7 +362,7 @@ class _CreateTab:
         if not 0 <= index < len(values[self.shown]):
             raise UserError("there is no such picture any more; load the page again")
         found = self.studio.pictures.get(owner_of(request), values[self.shown][index])
-        image = picture(found.path, _caption(found.settings))
+        image = picture(found.path, caption(found.settings))
         return {
             self.preview: gr.update(value=image, visible=True),
             self.settings: settings_text(found),
@@ -392,7 +395,7 @@ class _CreateTab:
         updates = self._chosen(chosen, weights, base, chosen[0].base if chosen else base)
         updates[self.base] = gr.update(value=base, visible=not chosen)
         updates[self.prompt] = gr.update(
-            value=settings.prompt, placeholder=_example(chosen[0] if chosen else None)
+            value=settings.prompt, placeholder=example(chosen[0] if chosen else None)
         )
         return updates | {
             self.adapters: gr.update(
@@ -423,100 +426,6 @@ class _CreateTab:
     def _on_stop(self, request: gr.Request) -> None:
         if not self.studio.sampler.stop(owner_of(request)):
             raise UserError("nothing of yours is being drawn at the moment")
-
-
-def settings_text(one: PictureView) -> str:
-    """A picture's settings as a person reads them."""
-    values = one.settings
-    adapters = [f"{used['name']} ({used['weight']:g})" for used in values.get("adapters", [])]
-    lines = {
-        "Prompt": values.get("prompt"),
-        "Negative prompt": values.get("negative_prompt"),
-        "Adapters": ", ".join(adapters) or "none",
-        "Strengths of the grid": ", ".join(f"{value:g}" for value in values.get("grid", [])),
-        "Base model": values.get("base"),
-        "Seed": values.get("seed"),
-        "Steps": values.get("steps"),
-        "Guidance": values.get("guidance"),
-        "Size": f"{values.get('width')} x {values.get('height')} px",
-        "Safety checker": values.get("safety_checker"),
-    }
-    told = [f"{name}: {value}" for name, value in lines.items() if value not in (None, "")]
-    return "\n".join([*told, "AI-generated"])
-
-
-def has_safety_checker(base: str) -> bool | None:
-    """Whether a base model on this machine comes with a safety checker; None: not known yet."""
-    try:
-        source = locate(defaults(base).model.base if base in bases() else base)
-        if isinstance(source, str):
-            return None
-        if source.is_file():
-            return False
-        index = json.loads((Path(source) / "model_index.json").read_text("utf-8"))
-        return (index.get("safety_checker") or [None, None])[1] is not None
-    except (UserError, OSError, ValueError, AttributeError):
-        return None
-
-
-def _safety_html(base: str) -> str:
-    words = {
-        True: "This base model has a safety checker, and it is on.",
-        False: "This base model has no safety checker.",
-        None: "Whether this base model has a safety checker is told after the first picture.",
-    }
-    return f'<p class="create-note">{words[has_safety_checker(base)]}</p>'
-
-
-def _problem_html(text: str) -> str:
-    return f'<p class="problem" role="alert">{as_text(text)}</p>'
-
-
-def _told_html(drawn: Drawn) -> str:
-    notes, seeds = drawn.notes, [one["seed"] for one in drawn.settings]
-    which = f"seed {seeds[0]}" if len(set(seeds)) == 1 else f"seeds {min(seeds)} to {max(seeds)}"
-    checker = (
-        "The base's safety checker is on."
-        if notes["safety_checker"]
-        else "This base model has no safety checker."
-    )
-    device = {"cpu": "the CPU", "cuda": "the GPU", "mps": "the GPU"}[notes["device"]]
-    sentences = [f"Drawn on {device} in {notes['seconds']:.1f} s, {which}.", checker]
-    warned = "".join(f"<p>{as_text(text)}</p>" for text in notes["warnings"])
-    return f'<div class="create-note" role="status"><p>{" ".join(sentences)}</p>{warned}</div>'
-
-
-def _caption(settings: Mapping[str, Any]) -> str:
-    prompt = str(settings.get("prompt", ""))
-    short = prompt if len(prompt) <= CAPTION_LETTERS else f"{prompt[:CAPTION_LETTERS]}…"
-    weights = " ".join(f"{one['weight']:g}" for one in settings.get("adapters", []))
-    if "grid" in settings:
-        return f"{short}, {'comparison' if len(settings['grid']) == len(COMPARED) else 'sweep'}"
-    strength = f", strength {weights}" if weights else ""
-    return f"{short}{strength}, seed {settings.get('seed')}"
-
-
-def _sheet_caption(strengths: tuple[float, ...]) -> str:
-    return "base and adapted, same seeds" if strengths == COMPARED else "strengths side by side"
-
-
-def _example(adapter: AdapterView | None) -> str:
-    """A prompt to begin with."""
-    if adapter is None or not adapter.trigger:
-        return "a flower on the beach"
-    return f"a {adapter.trigger} {adapter.class_name or ''}".rstrip() + " on the beach"
-
-
-def _base_label(base: str) -> str:
-    return Path(base).name if Path(base).is_absolute() else base
-
-
-def _config_of(base: str) -> str:
-    """The shipped config whose numbers suit a base model."""
-    if base in bases():
-        return base
-    named = {defaults(name).model.base: name for name in bases()}
-    return named.get(base, "sd15")
 
 
 def _side(label: str, elem_id: str) -> gr.Number:
