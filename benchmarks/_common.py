@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nora_diffusion.disk import write_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NO_KERNEL = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view")
@@ -39,9 +41,8 @@ def write_result(name: str, results: dict[str, Any], note: str = "") -> Path:
         "note": note,
         "results": results,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import typing
@@ -88,8 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--base", help="base model to check the recorded fingerprints against")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
-    targets = command("targets", _targets, "list what can be adapted in a base model")
-    targets.add_argument("base", metavar="BASE", nargs="?", default="mini", help="(default mini)")
+    targets = command("targets", _targets, "show what an adapter would train; loads no weights")
+    targets.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="mini",
+        help="shipped config, diffusers or transformers model, or .gguf file (default mini)",
+    )
+    targets.add_argument(
+        "--targets",
+        metavar="T",
+        nargs="+",
+        default=(),
+        help="attention, all-linear, names or endings of modules, or one regular expression "
+        "(default: all that has a name in the settings)",
+    )
     targets.add_argument("--r", type=_positive, default=64, help="outer rank (default 64)")
     targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
@@ -243,28 +256,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    """Print a line for each of ``adapter.targets`` and for the text encoders."""
-    import torch
+    from nora_diffusion.targets import lines
 
-    from nora_diffusion.families import load_family
-
-    family = load_family(args.base, dtype=torch.float32, device=torch.device("cpu"))
-    parts = family.components
-    rows = [(name, parts.denoiser, endings) for name, endings in family.targets.items()]
-    rows += [(name, module, family.text_targets) for name, module in parts.text_encoders.items()]
-    print(f"{'target':14} {'modules':>7} {'trained at r ' + str(args.r):>18}   names end with")
-    for name, model, endings in rows:
-        found = {
-            path: min(args.r, module.weight.shape[0], module.weight[0].numel())
-            for path, module in model.named_modules()
-            if path.endswith(tuple(f".{e}" for e in endings)) or path in endings
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-        }
-        trained = sum(2 * r * min(args.inner_r, r) for r in found.values())
-        shown = dict.fromkeys(re.sub(r"^\d+\.", "N.", ending) for ending in endings)
-        print(f"{name:14} {len(found):7} {trained:18,}   {', '.join(shown)}")
-        if args.modules:
-            print("".join(f"    {path}\n" for path in found), end="")
+    for line in lines(args.model, args.targets, args.r, args.inner_r, args.modules):
+        print(line)
     return 0
 
 

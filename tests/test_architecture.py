@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
+    "targets": BASE | {"adapter", "families"},
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
@@ -74,6 +75,7 @@ MAY_IMPORT = {
         "families",
         "denoiser_hooks",
         "sampling",
+        "targets",
         "data",
         "evaluation",
         "train",

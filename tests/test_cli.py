@@ -278,26 +278,13 @@ def test_targets_counts_what_an_adapter_trains(finished, base, capsys):
     assert main(["info", str(finished), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert main(["targets", str(base), "--r", "8", "--inner-r", "2", "--modules"]) == 0
-    attention, *rest = [
-        line.split() for line in capsys.readouterr().out.splitlines()[1:] if line[0] != " "
-    ]
-    assert attention[:3] == [
-        "attention",
-        str(info["modules"]),
-        f"{info['trainable_parameters']:,}",
-    ]
-    assert [row[0] for row in rest] == ["feed_forward", "convolution", "text_encoder"]
-    assert all(int(row[1]) > 0 for row in rest)
-
-
-def test_targets_names_numbered_modules_once(tmp_path, capsys):
-    """A single block of Flux has its projection out under its number alone."""
-    from tests.tiny_flow import tiny_flow
-
-    tiny_flow("flux_dev").save_pretrained(tmp_path / "flux")
-    assert main(["targets", str(tmp_path / "flux")]) == 0
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("feed"))
-    assert row.endswith("ff_context.net.2, proj_mlp, N.proj_out")
+    heads = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    counted = (
+        f"{info['modules']} modules, NoRA r 8 inner r 2 trains {info['trainable_parameters']:,}"
+    )
+    assert heads[0].startswith(f"unet, attention: {counted}, LoRA r 16 ")
+    names = [line.partition(":")[0] for line in heads]
+    assert names == ["unet, attention", "unet, feed_forward", "unet, convolution", "text_encoder"]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +294,7 @@ def test_targets_names_numbered_modules_once(tmp_path, capsys):
         (["sample", "nowhere", "a dog"], "nowhere: no such file"),
         (["export", "nowhere", "--out", "x"], "nowhere: no such file"),
         (["info", "notes.txt"], "notes.txt: "),
-        (["targets", "nowhere"], 'model.base = "nowhere"'),
+        (["targets", "nowhere"], 'MODEL = "nowhere": there is no such file or folder'),
     ],
 )
 def test_the_users_mistakes_end_in_one_message(argv, message, tmp_path, monkeypatch, capsys):

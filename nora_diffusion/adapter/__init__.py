@@ -16,6 +16,7 @@ from .layer import Conv2d, Linear, NoraLayer
 from .model import NoraModel, deferred_factors, derive_factors, iter_nora_layers
 from .peft_type import NORA
 from .statistics import fit_basis
+from .targets import attention_projections
 
 __all__ = [
     "NORA",
@@ -25,6 +26,7 @@ __all__ = [
     "NoraConfig",
     "NoraLayer",
     "NoraModel",
+    "attention_projections",
     "cached_factors",
     "deferred_factors",
     "derive_factors",

@@ -36,7 +36,9 @@ class NoraConfig(PeftConfig):
             (`k_min` is 1 where not given).
         rank_pattern: Module name or regular expression -> `r`, overriding it.
         inner_rank_pattern: Module name or regular expression -> `inner_r`, overriding it.
-        target_modules: Names, or one regular expression, of the modules to adapt; "all-linear".
+        target_modules: The modules to adapt: a list of names or of their endings, one regular
+            expression of whole names, ``"attention"`` (`attention_projections`) or
+            ``"all-linear"``. Adding the adapter puts the names found in place of the last two.
         exclude_modules: Names, or one regular expression, of the modules not to adapt.
         layers_to_transform: Layer indices to adapt; needs `target_modules` to be a list.
         layers_pattern: Name of the list of layers that the indices refer to.

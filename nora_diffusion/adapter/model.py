@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NoraConfig
 from .factors import DATA_BASES, factorise_many
 from .layer import Conv2d, Linear, NoraLayer
+from .targets import ATTENTION, attention_projections
 
 _deferring: ContextVar[bool] = ContextVar("nora_deferred_factors", default=False)
 
@@ -100,6 +101,15 @@ class NoraModel(BaseTuner):
         if not _deferring.get():
             derive_factors(model, adapter_name)
 
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Resolve "attention" to module names, as PEFT does with "all-linear" right after this.
+
+        So a saved config names the modules that were adapted, whatever a later version would find.
+        """
+        config = cast(NoraConfig, peft_config)
+        if config.target_modules == ATTENTION:
+            config.target_modules = set(attention_projections(model))
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -141,7 +151,7 @@ class NoraModel(BaseTuner):
         raise TypeError(
             f"target module {key!r} is a {type(base).__name__}; NoRA adapts torch.nn.Linear, "
             "torch.nn.Conv2d, transformers Conv1D and quantised linear layers; narrow "
-            "target_modules"
+            "target_modules, or leave it out (exclude_modules)"
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -1,0 +1,122 @@
+"""`nora targets`: what would be trained, from configs alone."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForTokenClassification, MambaConfig
+
+from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.cli import USER_ERROR, main
+from nora_diffusion.targets import LORA_RANK
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A transformers folder that holds a config and no weights."""
+    config = BertConfig(**SMALL, architectures=["BertForTokenClassification"])
+    config.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def shown(capsys, *argv: str) -> str:
+    assert main(["targets", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def trained(config) -> int:
+    model = get_peft_model(BertForTokenClassification(BertConfig(**SMALL)), config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear", r".*\.query"])
+def test_the_counts_are_those_of_the_adapted_model(bert, capsys, targets):
+    (head, *_) = shown(capsys, str(bert), "--targets", targets, "--r", "8").splitlines()
+    nora, lora = re.search(r"trains ([\d,]+), LoRA r 16 ([\d,]+)", head).groups()
+    config = NoraConfig(r=8, inner_r=8, target_modules=targets)
+    assert int(nora.replace(",", "")) == trained(config)
+    names = list(config.target_modules) if targets == "attention" else targets
+    assert int(lora.replace(",", "")) == trained(LoraConfig(r=LORA_RANK, target_modules=names))
+
+
+def test_modules_are_shown_by_kind_with_their_shapes(bert, capsys):
+    attention, *rest = shown(capsys, str(bert / "config.json")).split("\nall-linear")
+    assert [line.split() for line in attention.splitlines()[1:]] == [
+        ["2", "self.query", "32", "x", "32"],
+        ["2", "self.key", "32", "x", "32"],
+        ["2", "self.value", "32", "x", "32"],
+        ["2", "output.dense", "32", "x", "32"],
+    ]
+    # The class that the config names: a bare BertModel has no classifier.
+    assert re.search(r"1 +classifier +2 x 32", rest[0])
+
+
+def test_names_are_those_of_the_command_line(bert, capsys):
+    out = shown(capsys, str(bert), "--targets", "query", "attention.output.dense", "--modules")
+    assert "bert.encoder.layer.1.attention.output.dense" in out
+    assert "query, attention.output.dense: 4 modules" in out
+
+
+def test_a_shipped_config_shows_its_base_without_weights(capsys):
+    out = shown(capsys, "flux")
+    single = (
+        r"transformer, feed_forward: .*38  single_transformer_blocks\.N\.proj_out  3072 x 15360"
+    )
+    assert re.search(single, out, re.DOTALL)
+    assert out.startswith("transformer, attention: 266 modules, NoRA r 64 inner r 8 trains 272,384")
+
+
+def test_the_weights_of_a_model_are_never_read(bert, capsys):
+    (bert / "model.safetensors").write_bytes(b"these are no weights")
+    assert "attention: 8 modules" in shown(capsys, str(bert))
+
+
+@pytest.mark.parametrize("extra", [[], ["--targets", "attention"]])
+def test_a_model_without_attention(tmp_path, capsys, extra):
+    MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path)
+    if not extra:
+        assert "attention: no modules" in shown(capsys, str(tmp_path))
+        return
+    assert main(["targets", str(tmp_path), *extra]) == USER_ERROR
+    err = capsys.readouterr().err
+    assert "--targets: " in err and "layers.N.mixer.in_proj (1)" in err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nothing-known"}, "transformers cannot read its config"),
+        ({}, "transformers cannot read its config"),
+    ],
+)
+def test_a_config_that_cannot_be_read(tmp_path, capsys, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["targets", str(tmp_path)]) == USER_ERROR
+    err = capsys.readouterr().err
+    assert message in err and ".gguf" in err
+
+
+def test_a_target_that_nora_cannot_adapt_is_named(bert, capsys):
+    assert main(["targets", str(bert), "--targets", "word_embeddings"]) == USER_ERROR
+    assert "word_embeddings' is a Embedding" in capsys.readouterr().err
+
+
+def test_looking_leaves_a_model_as_it_was():
+    from nora_diffusion.targets import Choice, find_targets
+
+    with torch.device("meta"):
+        model = BertForTokenClassification(BertConfig(**SMALL))
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    assert len(find_targets(Choice("attention", model, "attention"), 8, 2)) == 8
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert not hasattr(model, "peft_config")
