@@ -88,7 +88,7 @@ def main() -> None:
 def settings(folder: Path) -> VisionLanguageConfig:
     """The shipped config, with as many trained parameters as LoRA r 2."""
     given = [f"few_shot.images={folder / 'train'}", "adapter.inner_r=6"]
-    given += ["train.steps=120", "train.steps_per_shot=20"]
+    given += ["train.steps=60", "train.steps_per_shot=15"]
     return load_config(VisionLanguageConfig, NAME, given)
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nora_diffusion.adapter import attention_projections
 from nora_diffusion.evaluation.text_alignment import MINI_CLIP, embed_images, embed_texts
 from nora_diffusion.settings import UserError
-from nora_diffusion.train.packed_attention import PROJECTIONS, split_attention
+from nora_diffusion.train.packed_attention import split_attention
 
 BATCH = 100  # pictures embedded at once where no gradient is needed
 
@@ -46,8 +47,7 @@ class ClipBase:
         """Names of the attention projections in `towers`: query, key, value and output."""
         return [
             name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS
+            for name in attention_projections(self.model)
             if any(self.towers[tower](name) for tower in towers)
         ]
 

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.adapter import NoraConfig, attention_projections
 from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.events import EventLog
@@ -34,7 +34,6 @@ from nora_diffusion.vision_language_config import VisionLanguageConfig
 RESULTS, ADAPTER = "results.json", "adapter"
 VISION = re.compile(r"\b(vision_tower|vision_model|visual)\b")
 LANGUAGE = re.compile(r"\b(language_model|text_model)\b")
-PROJECTION = re.compile(r"attn\w*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|proj)$")
 UNTRAINED = -100  # label of a token that is context only
 
 
@@ -95,9 +94,7 @@ def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
         UserError: there are none.
     """
     names = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not PROJECTION.search(name):
-            continue
+    for name in attention_projections(model):
         tower = "vision" if VISION.search(name) else "language" if LANGUAGE.search(name) else None
         if tower in towers:
             names.append(name)
