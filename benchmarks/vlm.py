@@ -43,7 +43,7 @@ from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX = 64
 CAPTION, PLACE = "Describe the picture.", "Where is it?"
-SIZES = {"caption-train": 3000, "caption-test": 100, "place-train": 400, "place-test": 100}
+SIZES = {"caption-train": 2000, "caption-test": 60, "place-train": 240, "place-test": 60}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -53,8 +53,8 @@ TEMPLATE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--caption-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--caption-steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--work", type=Path, default=default_work_folder() / PRESETS["cpu"].name)
     args = parser.parse_args()
