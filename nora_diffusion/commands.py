@@ -13,8 +13,10 @@ from typing import Any
 from nora_diffusion import __version__
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS
+from nora_diffusion.run_command import how_to_resume, read_command_line
 from nora_diffusion.schema import list_keys
-from nora_diffusion.settings import part_overrides
+from nora_diffusion.settings import part_overrides, to_toml
+from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,6 +24,8 @@ def run(argv: Sequence[str]) -> int:
     given = argparse.Namespace(argv=list(argv), overrides=[])
     if list(argv[:1]) == ["webui"]:  # a program of its own: this package knows nothing of it
         return _webui(argv[1:])
+    if list(argv[:1]) == ["vlm"]:  # its flags are those of its schema
+        return _vlm(argv[1:])
     if list(argv[:1]) == ["campaign"]:
         argv, given.overrides = part_overrides(argv)
     args = _parser().parse_args(argv, given)
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
 
+    command("vlm", lambda _: 0, "adapt CLIP or a vision-language model (nora vlm --help)")
     command("webui", lambda _: 0, "serve the web app on this machine (nora webui --help)")
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
@@ -173,6 +178,25 @@ def _choices(name: str) -> tuple[str, ...]:
 def _webui(argv: Sequence[str]) -> int:
     # In place of this process, so that a signal to the command is one to the app.
     os.execv(sys.executable, [sys.executable, "-m", "webui", *argv])
+
+
+def _vlm(argv: Sequence[str]) -> int:
+    about = "Adapt CLIP to new classes, or a vision-language model to image instructions."
+    given = read_command_line(VisionLanguageConfig, argv, about)
+    config = given.config
+    if given.dry_run:
+        print(to_toml(config))
+        return 0
+    if config.model.task == "few_shot":
+        from nora_diffusion.train.clip_fewshot import run
+    else:
+        from nora_diffusion.train.vision_language import run
+    try:
+        run(config, resume=given.resume)
+    except KeyboardInterrupt:
+        cure = how_to_resume(config, config.output.dir)
+        raise KeyboardInterrupt(f"stopped; {cure}") from None
+    return 0
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "run_config": {"disk", "presets", "schema", "settings"},
     "run_folder": {"disk", "events", "run_config", "settings"},
     "run_command": BASE,
+    "vision_language_config": {"schema", "sections"},
     "config": {"presets", "run_config", "schema", "sections", "settings", "subjects"},
     "events": {"disk"},
     "adapter.factor_cache": set(),
@@ -55,7 +56,17 @@ MAY_IMPORT = {
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
-    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
+    | {
+        "adapter",
+        "families",
+        "denoiser_hooks",
+        "sampling",
+        "sheets",
+        "data",
+        "evaluation",
+        "train",
+        "vision_language_config",
+    },
     "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
@@ -70,6 +81,7 @@ MAY_IMPORT = {
         "train",
         "campaign",
         "run_command",
+        "vision_language_config",
     },
     "cli": BASE | {"run_command", "commands", "data", "train"},
     "webui.worker": BASE
