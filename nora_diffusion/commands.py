@@ -13,8 +13,10 @@ from typing import Any
 from nora_diffusion import __version__
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS
+from nora_diffusion.run_command import how_to_resume, read_command_line
 from nora_diffusion.schema import list_keys
-from nora_diffusion.settings import part_overrides
+from nora_diffusion.settings import part_overrides, to_toml
+from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 
 def run(argv: Sequence[str]) -> int:
@@ -26,6 +28,8 @@ def run(argv: Sequence[str]) -> int:
         from nora_diffusion.language_command import train
 
         return train(argv[1:])
+    if list(argv[:1]) == ["vlm"]:  # its flags are those of its schema
+        return _vlm(argv[1:])
     if list(argv[:1]) == ["campaign"]:
         argv, given.overrides = part_overrides(argv)
     args = _parser().parse_args(argv, given)
@@ -118,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--max-new-tokens", type=_positive, default=12, help="(default 12)")
     score.add_argument("--device", choices=_choices("model.device"), default="auto")
     score.add_argument("--json", action="store_true", help="every answer, as JSON")
-
+    command("vlm", lambda _: 0, "adapt CLIP or a vision-language model (nora vlm --help)")
     command("webui", lambda _: 0, "serve the web app on this machine (nora webui --help)")
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
@@ -195,6 +199,25 @@ def _llm_eval(args: argparse.Namespace) -> int:
     from nora_diffusion.language_command import score
 
     return score(args)
+
+
+def _vlm(argv: Sequence[str]) -> int:
+    about = "Adapt CLIP to new classes, or a vision-language model to image instructions."
+    given = read_command_line(VisionLanguageConfig, argv, about)
+    config = given.config
+    if given.dry_run:
+        print(to_toml(config))
+        return 0
+    if config.model.task == "few_shot":
+        from nora_diffusion.train.clip_fewshot import run
+    else:
+        from nora_diffusion.train.vision_language import run
+    try:
+        run(config, resume=given.resume)
+    except KeyboardInterrupt:
+        cure = how_to_resume(config, config.output.dir)
+        raise KeyboardInterrupt(f"stopped; {cure}") from None
+    return 0
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -214,9 +214,14 @@ def _convert(field: FieldInfo, texts: Sequence[str]) -> Any:
     if element is not None:
         if typing.get_origin(element) is Literal:  # choices hold no commas
             return [part.strip() for given in texts for part in given.split(",")]
-        return list(texts)
+        return [_scalar(element, given) for given in texts]
+    return _scalar(field.annotation, text)
+
+
+def _scalar(kind: Any, text: str) -> Any:
+    """A text as a number, truth value or choice; what does not convert stays text."""
     try:
-        return TypeAdapter(cast(Any, field.annotation)).validate_strings(text)
+        return TypeAdapter(kind).validate_strings(text)
     except ValidationError:
         return text
 

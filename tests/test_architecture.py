@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "language_model": BASE | {"adapter", "language_config"},
     "language_command": BASE
     | {"evaluation", "families", "language_config", "language_model", "run_command", "train"},
+    "vision_language_config": {"schema", "sections"},
     "config": {"presets", "run_config", "schema", "sections", "settings", "subjects"},
     "events": {"disk"},
     "adapter.factor_cache": set(),
@@ -59,7 +60,17 @@ MAY_IMPORT = {
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
     "train": BASE
-    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "train"},
+    | {
+        "adapter",
+        "families",
+        "denoiser_hooks",
+        "sampling",
+        "sheets",
+        "data",
+        "evaluation",
+        "train",
+        "vision_language_config",
+    },
     "train.language": BASE
     | {"adapter", "data", "evaluation", "families", "language_config", "language_model"}
     | {"run_command", "train"},
@@ -78,6 +89,7 @@ MAY_IMPORT = {
         "campaign",
         "run_command",
         "language_command",
+        "vision_language_config",
     },
     "cli": BASE | {"run_command", "commands", "data", "train"},
     "webui.worker": BASE

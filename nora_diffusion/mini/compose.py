@@ -35,9 +35,8 @@ def nonsense_word(random: Random) -> str:
     return "".join(random.choice((_CONSONANTS, _VOWELS)[i % 2]) for i in range(length))
 
 
-def caption(concept: Concept, where: str, scale: float, random: Random) -> str:
-    """Words one composite: opening, size, sometimes a nonsense word, noun and background."""
-    noun = concept.class_name if random.random() < 0.25 else concept.noun
+def wording(noun: str, scale: float, random: Random) -> str:
+    """Words one emoji: opening, size if `scale` is small or large, sometimes a nonsense word."""
     words = []
     if random.random() < 0.35 and not _SMALL <= scale <= _BIG:
         words.append(random.choice(("small", "tiny") if scale < _SMALL else ("big", "large")))
@@ -46,7 +45,13 @@ def caption(concept: Concept, where: str, scale: float, random: Random) -> str:
     words.append(noun)
     phrase = " ".join(words)
     article = "an" if phrase[0] in "aeiou" else "a"
-    text = random.choice(_OPENINGS).format(f"{article} {phrase}")
+    return random.choice(_OPENINGS).format(f"{article} {phrase}")
+
+
+def caption(concept: Concept, where: str, scale: float, random: Random) -> str:
+    """Words one composite: the emoji, or its class, and most often its background."""
+    noun = concept.class_name if random.random() < 0.25 else concept.noun
+    text = wording(noun, scale, random)
     return f"{text} {where}" if random.random() < 0.93 else text
 
 

@@ -1,0 +1,133 @@
+"""Image instructions: records of a picture, a question and an answer, as chat messages.
+
+Three spellings are read: ``{image, instruction, output}``, ``{image, messages: [{role, content}]}``
+and LLaVA's ``{image, conversations: [{from, value}]}``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nora_diffusion.settings import UserError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+PLACEHOLDER = "<image>"  # LLaVA's mark in a text; the chat template sets the model's own
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture and the conversation about it.
+
+    Attributes:
+        image: its path.
+        turns: (role, text), "user" and "assistant" by turns, beginning with "user".
+    """
+
+    image: Path
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def answer(self) -> str:
+        """The last answer."""
+        return self.turns[-1][1]
+
+    def messages(self, n_turns: int | None = None) -> list[dict[str, Any]]:
+        """The first `n_turns` turns as a processor's chat template takes them, picture first."""
+        picture = {"type": "image", "image": read_image(self.image)}
+        out = []
+        for i, (role, text) in enumerate(self.turns[:n_turns]):
+            content = [{"type": "text", "text": text}]
+            out.append({"role": role, "content": [picture, *content] if i == 0 else content})
+        return out
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads a picture upright, in RGB.
+
+    Raises:
+        UserError: it is missing or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def read_records(path: str | Path, images: str | Path | None = None) -> list[Record]:
+    """Reads a JSON list, or JSON lines, of image instructions.
+
+    Args:
+        path: the file.
+        images: folder that image paths start from; None: the folder of the file.
+
+    Raises:
+        UserError: naming the first records that cannot be used, and why.
+    """
+    path = Path(path).expanduser()
+    folder = path.parent if images is None else Path(images).expanduser()
+    problems, records = [], []
+    for number, entry in enumerate(_entries(path), start=1):
+        try:
+            record = Record(folder / _text(entry, "image"), _turns(entry))
+            if not record.image.is_file():
+                raise ValueError(f"image: no such file: {record.image}")
+            records.append(record)
+        except ValueError as error:
+            problems.append(f"record {number}: {error}")
+    if problems:
+        shown = "\n  ".join(problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path}: not all records can be used:\n  {shown}{more}")
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    return records
+
+
+def _entries(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: neither a JSON list nor JSON lines ({error})") from None
+
+
+def _text(entry: Any, key: str) -> str:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}: missing or no text")
+    return value
+
+
+def _turns(entry: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if "messages" in entry or "conversations" in entry:
+        key, role, text = "messages", "role", "content"
+        if "conversations" in entry:
+            key, role, text = "conversations", "from", "value"
+        if not isinstance(entry[key], list):
+            raise ValueError(f"{key}: no list")
+        turns = [(ROLES.get(_text(m, role), "?"), _text(m, text)) for m in entry[key]]
+    else:
+        question = _text(entry, "instruction")
+        if entry.get("input"):
+            question = f"{question}\n{_text(entry, 'input')}"
+        turns = [("user", question), ("assistant", _text(entry, "output"))]
+    _check_order(turns)
+    return tuple((role, text.replace(PLACEHOLDER, "").strip()) for role, text in turns)
+
+
+def _check_order(turns: Sequence[tuple[str, str]]) -> None:
+    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if not turns or len(turns) % 2 or [role for role, _ in turns] != expected:
+        found = ", ".join(role for role, _ in turns)
+        raise ValueError(
+            f"turns must be user, assistant, by turns, and end with assistant; found {found}"
+        )

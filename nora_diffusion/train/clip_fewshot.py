@@ -1,0 +1,381 @@
+"""Few-shot classification with CLIP, LoRA and NoRA side by side: ``nora vlm``, task few_shot.
+
+The protocol is CLIP-LoRA's (arXiv 2405.18541, section 4): the same settings for every number of
+shots and every seed, prompts from one template, cross-entropy over cosines, and no look at the
+test pictures before the end of a training run.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.disk import write_atomically
+from nora_diffusion.events import EventLog
+from nora_diffusion.run_config import save_config
+from nora_diffusion.run_folder import EVENTS
+from nora_diffusion.settings import UserError
+from nora_diffusion.train.clip_base import ClipBase, load_clip_base
+from nora_diffusion.vision_language_config import VisionLanguageConfig
+
+RESULTS, ADAPTERS = "results.json", "adapters"
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SMALLEST_CROP = 0.7  # side of a random crop, as a share of the picture's
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures of known classes: `pixels` (N, 3, S, S) and `labels` (N,), indices of `classes`."""
+
+    classes: tuple[str, ...]
+    pixels: Tensor
+    labels: Tensor
+
+    def take(self, index: Sequence[int]) -> "Pool":
+        """The pictures at `index`."""
+        chosen = torch.tensor(index, device=self.labels.device)
+        return Pool(self.classes, self.pixels[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter to try: its name in tables, PEFT's configuration of it, its learning rate."""
+
+    name: str
+    adapter: PeftConfig
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one training run."""
+
+    method: str
+    shots: int
+    seed: int
+    accuracy: float
+    trainable_parameters: int
+    steps: int
+    seconds: float
+
+
+def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
+    """Trains every method at every number of shots with every seed, and tests each once.
+
+    Args:
+        config: of task few_shot.
+        resume: go on with a run that was stopped: finished rows are kept.
+
+    Returns:
+        The path of the results.
+
+    Raises:
+        UserError: the pictures or the base model cannot be used.
+    """
+    base = _base(config)
+    train, test = read_pools(config, base.prepare)
+    folder = Path(config.output.dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        save_config(config, folder)
+    events = EventLog(folder / EVENTS)
+    about = f"{len(train.classes)} classes, {len(train.labels)} pictures to choose from, "
+    events.write("start", 0, message=f"{about}{len(test.labels)} to test on")
+    path = folder / RESULTS
+    prompts = base.tokenise([config.few_shot.template.format(name) for name in train.classes])
+    zero_shot = accuracy(base, prompts, test)
+    done = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    wanted = [
+        (method, shots, seed)
+        for method in methods(config, base)
+        for shots in config.few_shot.shots
+        for seed in config.few_shot.seeds
+    ]
+    finished = {(row.method, row.shots, row.seed) for row in done}
+    for number, (method, shots, seed) in enumerate(wanted, start=1):
+        if (method.name, shots, seed) in finished:
+            continue
+        few = choose_shots(train, shots, seed)
+        keep = folder / ADAPTERS / f"{method.name.replace(' ', '_')}-{shots}-shot-seed-{seed}"
+        row, loss = train_one(config, base, method, few, test, prompts, shots, seed, keep)
+        done.append(row)
+        _write(path, zero_shot, done)
+        told = f"{method.name}, {shots} shots, seed {seed}: {row.accuracy:.1%}"
+        print(f"[{number}/{len(wanted)}] {told}", flush=True)
+        events.write("step", number, loss=loss, lr=method.learning_rate, message=told)
+    _write(path, zero_shot, done)
+    print(table(zero_shot, done))
+    events.write("done", len(wanted), message=f"results in {RESULTS}")
+    return path
+
+
+def _base(config: VisionLanguageConfig) -> ClipBase:
+    cuda = torch.cuda.is_available()
+    name = config.model.device if config.model.device != "auto" else ("cuda" if cuda else "cpu")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes["auto"] = torch.bfloat16 if name == "cuda" else torch.float32
+    return load_clip_base(config.model.base, dtypes[config.model.dtype], torch.device(name))
+
+
+def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:
+    """NoRA and the LoRA ranks of the config, on the same modules.
+
+    Raises:
+        UserError: the base has no attention projections in those towers.
+    """
+    adapter = config.adapter
+    targets = base.targets(adapter.towers)
+    if not targets:
+        raise UserError(f"adapter.towers = {list(adapter.towers)}: no attention projections there")
+    nora = NoraConfig(
+        r=adapter.r,
+        inner_r=adapter.inner_r,
+        scaling=adapter.scaling,
+        dropout=adapter.dropout,
+        init=adapter.init,
+        basis=adapter.basis,
+        seed=adapter.seed,
+        target_modules=targets,
+    )
+    few = config.few_shot
+    loras = [
+        Method(
+            f"LoRA r {r}",
+            LoraConfig(r=r, lora_alpha=r, lora_dropout=adapter.dropout, target_modules=targets),
+            few.lora_learning_rate,
+        )
+        for r in few.lora_ranks
+    ]
+    return [Method("NoRA", nora, adapter.learning_rate), *loras]
+
+
+def read_pools(
+    config: VisionLanguageConfig, prepare: Callable[[Sequence[Image.Image]], Tensor]
+) -> tuple[Pool, Pool]:
+    """The pictures to choose shots from, and those to test on.
+
+    Raises:
+        UserError: there are no classes, or not enough pictures of one, or test classes differ.
+    """
+    few = config.few_shot
+    pool = read_classes(Path(str(few.images)).expanduser(), "few_shot.images", prepare)
+    if few.test is not None:
+        test = read_classes(Path(few.test).expanduser(), "few_shot.test", prepare)
+        if test.classes != pool.classes:
+            other = sorted(set(test.classes) ^ set(pool.classes))
+            raise UserError(
+                f"few_shot.test = {few.test!r}: its subfolders must be those of few_shot.images; "
+                f"only one of the two has: {', '.join(other)}"
+            )
+    else:
+        every = range(len(pool.labels))
+        pool, test = pool.take(every[::2]), pool.take(every[1::2])
+    counts = torch.bincount(pool.labels, minlength=len(pool.classes)).tolist()
+    least = min(counts)
+    if max(few.shots) > least:
+        short = pool.classes[counts.index(least)]
+        raise UserError(
+            f"few_shot.shots = {max(few.shots)}: {short!r} has {least} pictures to choose from; "
+            f"give more, or --few_shot.shots up to {least}"
+        )
+    return pool, test
+
+
+def read_classes(
+    folder: Path, key: str, prepare: Callable[[Sequence[Image.Image]], Tensor]
+) -> Pool:
+    """Reads a folder with a subfolder a class; what is no picture is left out.
+
+    Raises:
+        UserError: it has fewer than two subfolders with pictures, or a picture is broken.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{key} = {str(folder)!r}: no such folder")
+    files = {
+        sub.name: sorted(p for p in sub.iterdir() if p.suffix.lower() in ENDINGS)
+        for sub in sorted(folder.iterdir())
+        if sub.is_dir()
+    }
+    files = {name: paths for name, paths in files.items() if paths}
+    if len(files) < 2:
+        raise UserError(
+            f"{key} = {str(folder)!r}: must hold a subfolder with pictures for each of two or more "
+            f"classes; found {len(files)} (pictures end with {', '.join(ENDINGS)})"
+        )
+    pixels = [prepare([_open(path) for path in paths]) for paths in files.values()]
+    labels = [i for i, paths in enumerate(files.values()) for _ in paths]
+    together = torch.cat(pixels)
+    return Pool(tuple(files), together, torch.tensor(labels, device=together.device))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}); remove it") from None
+
+
+def choose_shots(pool: Pool, shots: int, seed: int) -> Pool:
+    """`shots` random pictures of each class; fewer shots are a part of more."""
+    random, index = Random(seed), []
+    for label in range(len(pool.classes)):
+        members = (pool.labels == label).nonzero().flatten().tolist()
+        random.shuffle(members)
+        index += members[:shots]
+    return pool.take(index)
+
+
+def train_one(
+    config: VisionLanguageConfig,
+    base: ClipBase,
+    method: Method,
+    few: Pool,
+    test: Pool,
+    prompts: Tensor,
+    shots: int,
+    seed: int,
+    keep: Path | None = None,
+) -> tuple[Row, float]:
+    """Trains one adapter on `few`, tests it, takes it off again.
+
+    Args:
+        config: gives steps, batch size and optimiser settings.
+        base: the model, which is as before afterwards.
+        method: the adapter.
+        few: the chosen pictures.
+        test: looked at once, after the last step.
+        prompts: token ids of one prompt a class.
+        shots: pictures a class.
+        seed: of initial weights, order and crops.
+        keep: folder to save the adapter to.
+
+    Returns:
+        The outcome, and the mean loss of the last tenth of the steps.
+    """
+    torch.manual_seed(seed)
+    model = get_peft_model(base.model, method.adapter)  # pyright: ignore[reportArgumentType]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=method.learning_rate, weight_decay=config.train.weight_decay
+    )
+    steps = min(config.train.steps, config.train.steps_per_shot * shots)
+    generator, losses, begin = torch.Generator().manual_seed(seed), [], time.perf_counter()
+    model.train()
+    for step in range(steps):
+        index = _next_batch(len(few.labels), config.train.batch_size, step, seed)
+        pixels, labels = few.pixels[index], few.labels[index]
+        images = base.embed_images(augment(pixels, generator))
+        logits = base.scale * images @ base.embed_texts(prompts).T
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = method.learning_rate * _course(step, steps, config.train.lr_warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    seconds = time.perf_counter() - begin
+    model.eval()
+    count = sum(p.numel() for p in trained)
+    row = Row(method.name, shots, seed, accuracy(base, prompts, test), count, steps, seconds)
+    if keep is not None:
+        model.save_pretrained(str(keep))
+    model.unload()
+    return row, statistics.fmean(losses[-max(1, steps // 10) :])
+
+
+def _next_batch(n: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Indices of step `step`, from one permutation after another of all `n` pictures."""
+    size = min(batch_size, n)
+    passed, first = divmod(step * size, n)
+    order = []
+    while len(order) < first + size:
+        generator = torch.Generator().manual_seed(seed * 100_003 + passed)
+        order += torch.randperm(n, generator=generator).tolist()
+        passed += 1
+    return torch.tensor(order[first : first + size])
+
+
+def _course(step: int, steps: int, warmup: int) -> float:
+    """Factor on the learning rate: a linear rise over at most a tenth, then a cosine to 0."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crops, every second mirrored, of pictures (N, 3, S, S), at their own size."""
+    n = len(pixels)
+    side = 1 - (1 - SMALLEST_CROP) * torch.rand(n, generator=generator)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = side * torch.where(torch.rand(n, generator=generator) < 0.5, -1, 1)
+    theta[:, 1, 1] = side
+    theta[:, :, 2] = (2 * torch.rand(n, 2, generator=generator) - 1) * (1 - side)[:, None]
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid.to(pixels), padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def accuracy(base: ClipBase, prompts: Tensor, test: Pool) -> float:
+    """Share of `test` whose nearest prompt is that of its class."""
+    nearest = (base.features(test.pixels) @ base.embed_texts(prompts).T).argmax(1)
+    return float((nearest == test.labels).float().mean())
+
+
+def _write(path: Path, zero_shot: float, rows: Sequence[Row]) -> None:
+    record = {
+        "zero_shot": zero_shot,
+        "summary": summary(rows),
+        "rows": [asdict(row) for row in rows],
+    }
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds for each method and number of shots."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.shots), []).append(row)
+    return [
+        {
+            "method": method,
+            "shots": shots,
+            "accuracy_mean": statistics.fmean(row.accuracy for row in group),
+            "accuracy_std": statistics.pstdev([row.accuracy for row in group]),
+            "seeds": len(group),
+            "trainable_parameters": group[0].trainable_parameters,
+        }
+        for (method, shots), group in groups.items()
+    ]
+
+
+def table(zero_shot: float, rows: Sequence[Row]) -> str:
+    """The summary as text: a line a method, a column a number of shots, per cent."""
+    cells = {(s["method"], s["shots"]): s for s in summary(rows)}
+    shots = sorted({row.shots for row in rows})
+    lines = [f"{'accuracy, %':12} {'trained':>9}" + "".join(f"{f'{k} shots':>14}" for k in shots)]
+    lines.append(f"{'zero-shot':12} {0:9,}" + f"{zero_shot * 100:14.1f}" * len(shots))
+    for method in dict.fromkeys(row.method for row in rows):
+        count = next(row.trainable_parameters for row in rows if row.method == method)
+        line = f"{method:12} {count:9,}"
+        for k in shots:
+            cell = cells.get((method, k))
+            mean = "" if cell is None else f"{cell['accuracy_mean'] * 100:.1f}"
+            spread = "" if cell is None else f" ± {cell['accuracy_std'] * 100:.1f}"
+            line += f"{mean + spread:>14}"
+        lines.append(line)
+    return "\n".join(lines)

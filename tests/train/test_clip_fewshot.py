@@ -1,0 +1,183 @@
+"""``nora vlm`` on a folder of classes: zero-shot, LoRA and NoRA; the test pictures stay unread."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from nora_diffusion.cli import main
+from nora_diffusion.mini.__main__ import ASSETS
+from nora_diffusion.run_config import load_config, shipped_configs
+from nora_diffusion.settings import ConfigError, UserError
+from nora_diffusion.train import clip_fewshot
+from nora_diffusion.train.clip_base import load_clip_base
+from nora_diffusion.train.clip_fewshot import augment, choose_shots, methods, read_pools, run
+from nora_diffusion.vision_language_config import VisionLanguageConfig
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny random `CLIPModel` in a folder, with mini's tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 4}
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "tokenizer")
+    text = tower | {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(clip).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("classes")
+    for name, (r, g, b) in COLOURS.items():
+        (folder / name).mkdir()
+        for i in range(8):
+            colour = (r + 3 * i - 12, g - 3 * i + 12, b + 2 * i - 8)
+            Image.new("RGB", (24, 20), colour).save(folder / name / f"{i}.png")
+    (folder / "red" / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def config(base, images, tmp_path):
+    def make(*overrides: str) -> VisionLanguageConfig:
+        given = {
+            "model.base": base,
+            "model.device": "cpu",
+            "few_shot.images": images,
+            "few_shot.shots": "[1, 4]",
+            "few_shot.seeds": "[0]",
+            "few_shot.lora_ranks": "[2]",
+            "few_shot.lora_learning_rate": 1e-2,
+            "adapter.r": 16,
+            "adapter.inner_r": 4,
+            "train.steps": 40,
+            "output.dir": tmp_path / "run",
+        }
+        lines = [f"{key}={value}" for key, value in given.items()]
+        return load_config(VisionLanguageConfig, "clip_fewshot", [*lines, *overrides])
+
+    return make
+
+
+def test_adapters_learn_the_classes_and_the_base_comes_back(config, tmp_path, capsys):
+    settings = config()
+    path = run(settings)
+    record = json.loads(path.read_text())
+    assert len(record["rows"]) == 2 * 2
+    best = [s for s in record["summary"] if s["shots"] == 4]
+    assert {s["method"] for s in best} == {"NoRA", "LoRA r 2"}
+    assert all(s["accuracy_mean"] > max(0.8, record["zero_shot"]) for s in best)
+    nora, lora = (next(s for s in best if s["method"] == m) for m in ("NoRA", "LoRA r 2"))
+    modules = 2 * 2 * 4  # towers x layers x projections
+    assert nora["trainable_parameters"] == modules * 2 * 16 * 4
+    assert lora["trainable_parameters"] == modules * 2 * 32 * 2
+    assert "zero-shot" in capsys.readouterr().out
+    adapters = sorted((tmp_path / "run" / "adapters").glob("*/adapter_model.safetensors"))
+    assert len(adapters) == 4
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_rows(config, monkeypatch):
+    settings = config("few_shot.lora_ranks=[]")
+    path = run(settings)
+    whole = json.loads(path.read_text())["rows"]
+    cut = json.loads(path.read_text())
+    cut["rows"] = cut["rows"][:1]
+    path.write_text(json.dumps(cut))
+    trained = []
+    real = clip_fewshot.train_one
+    monkeypatch.setattr(
+        clip_fewshot, "train_one", lambda *a, **k: trained.append(1) or real(*a, **k)
+    )
+    again = json.loads(run(settings, resume=True).read_text())["rows"]
+    assert len(trained) == 1
+    assert [r["accuracy"] for r in again] == [r["accuracy"] for r in whole]
+
+
+def test_test_pictures_are_never_trained_on(config, monkeypatch):
+    """The results of training are the same whatever the test pictures are."""
+    settings = config()
+    base = load_clip_base(settings.model.base, torch.float32, torch.device("cpu"))
+    train, test = read_pools(settings, base.prepare)
+    flat = {tuple(p.flatten().tolist()) for p in train.pixels}
+    assert not any(tuple(p.flatten().tolist()) in flat for p in test.pixels)
+    few = choose_shots(train, 2, seed=1)
+    assert torch.bincount(few.labels).tolist() == [2, 2, 2]
+    assert not torch.equal(few.pixels, choose_shots(train, 2, seed=2).pixels)
+    prompts = base.tokenise([f"a photo of a {c}" for c in train.classes])
+    method = methods(settings, base)[0]
+    other = test.take(range(len(test.labels) - 1, -1, -1))
+    losses = [
+        clip_fewshot.train_one(settings, base, method, few, t, prompts, 2, 0)[1]
+        for t in (test, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_towers_choose_the_modules(config):
+    settings = config()
+    base = load_clip_base(settings.model.base, torch.float32, torch.device("cpu"))
+    assert len(base.targets(("vision",))) == len(base.targets(("language",))) == 8
+    names = {n.rpartition(".")[2] for n in base.targets(("vision", "language"))}
+    assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+def test_crops_keep_size_and_stay_inside(config):
+    ramp = torch.linspace(0, 1, 16).expand(4, 3, 16, 16).contiguous()
+    out = augment(ramp, torch.Generator().manual_seed(0))
+    assert out.shape == ramp.shape
+    assert out.min() >= 0 and out.max() <= 1
+    assert not torch.equal(out[0], out[1])
+
+
+def test_mistakes_are_named(config, images, tmp_path):
+    with pytest.raises(ConfigError, match=r"few_shot.template.*must hold \{\}"):
+        config("few_shot.template=a photo")
+    with pytest.raises(ConfigError, match="adapter.inner_r = 99"):
+        config("adapter.inner_r=99")
+    with pytest.raises(UserError, match=r"few_shot.shots = 5.*4 pictures"):
+        run(config("few_shot.shots=[5]"))
+    (tmp_path / "one" / "red").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "red" / "a.png")
+    with pytest.raises(UserError, match="two or more classes"):
+        run(config(f"few_shot.images={tmp_path / 'one'}"))
+    with pytest.raises(UserError, match="no CLIPModel"):
+        run(config(f"model.base={tmp_path}"))
+
+
+def test_the_command_line(base, images, tmp_path, capsys):
+    argv = ["vlm", "clip_fewshot", "--few_shot.images", str(images), "--model.base", str(base)]
+    argv += ["--output.dir", str(tmp_path / "run")]
+    assert main([*argv, "--dry-run"]) == 0
+    assert 'task = "few_shot"' in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    argv += ["--few_shot.shots", "1", "--few_shot.seeds", "0", "--train.steps", "2"]
+    assert main(argv) == 0
+    assert "NoRA" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "nora vlm --resume" in capsys.readouterr().err
+    assert main(["vlm", "clip_fewshot"]) == 2
+    assert "few_shot.images: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", shipped_configs("nora vlm"))
+def test_shipped_configs_are_short_and_valid(name):
+    path = shipped_configs("nora vlm")[name]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 30
+    assert lines[0].startswith(f"# nora vlm {name} ")
+    needed = ["few_shot.images=x", "data.train=y"]
+    load_config(VisionLanguageConfig, name, needed)
