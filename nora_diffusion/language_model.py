@@ -91,7 +91,8 @@ def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize
     model = _load(AutoModelForCausalLM, base, **options)
     if "gguf_file" in locate(base) and quantize == "none":
         # transformers makes plain weights of them, but goes on calling the model quantised.
-        model.hf_quantizer = None
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            model.__dict__.pop(name, None)
         del model.config.quantization_config
     model.requires_grad_(False)
     return (model if quantize != "none" else model.to(device)).eval()
