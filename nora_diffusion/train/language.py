@@ -203,7 +203,9 @@ def add_adapter(
     # LoRA draws its start from torch's own generator.
     torch.manual_seed(getattr(config, "seed", 0) if seed is None else seed)
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        with warnings.catch_warnings():  # PEFT looks at a property that transformers renames
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return cast(PeftModel, get_peft_model(base, config))
     except (TypeError, ValueError) as error:  # none found, or one that is no linear layer
         if "arget module" not in str(error):
             raise
