@@ -71,7 +71,7 @@ class Size:
     system_turn: bool  # of SmolLM2's chat template: 23 more tokens an example
 
 
-SMALL = Size(80, 40, 4, 400, 16, 64, 8, False)
+SMALL = Size(80, 24, 4, 400, 12, 48, 8, False)
 FULL = Size(512, 1000, 16, 10_000, 200, None, 32, True)
 
 

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging
 
 from nora_diffusion.adapter.files import load_adapter
+from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.settings import UserError, quote
 
@@ -170,14 +170,10 @@ def _load(kind: Any, base: str, **options: Any) -> Any:
             f"model.base = {quote(base)}: reading GGUF files needs the package gguf; run: "
             'pip install "nora-diffusion[llm]"'
         )
-    bars = logging.is_progress_bar_enabled()
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        if int(os.environ.get("RANK", 0)) > 0:
-            logging.disable_progress_bar()
-        return kind.from_pretrained(**where, **options)
+        with quiet_loading(bars=first):
+            return kind.from_pretrained(**where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.base = {quote(base)}: {_NOT_FOUND} ({reason})") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "run_folder": {"disk", "events", "run_config", "settings"},
     "run_command": BASE,
     "language_config": {"schema", "sections"},
-    "language_model": BASE | {"adapter", "language_config"},
+    "language_model": BASE | {"adapter", "families", "language_config"},
     "language_command": BASE
     | {"evaluation", "families", "language_config", "language_model", "run_command", "train"},
     "vision_language_config": {"schema", "sections"},

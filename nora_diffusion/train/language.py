@@ -55,6 +55,7 @@ from nora_diffusion.train.common import (
 )
 from nora_diffusion.train.processes import ALONE, Processes, join
 from nora_diffusion.train.report import Report
+from nora_diffusion.train.write_errors import explained
 
 FIT_BATCHES = 32
 """Batches of training data from which a data-driven basis is fitted."""
@@ -84,7 +85,7 @@ def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
     processes = join()
     folder = Path(cfg.output.dir).expanduser()
     how_to_go_on = partial(how_to_resume, cfg, str(folder))
-    with processes.together(how_to_go_on):
+    with explained(folder, cfg.command), processes.together(how_to_go_on):
         processes.from_first(lambda: _begin(cfg, folder, resume))
         report = Report(
             folder, total_steps=cfg.train.steps, log_every=cfg.train.log_every,
@@ -203,7 +204,9 @@ def add_adapter(
     # LoRA draws its start from torch's own generator.
     torch.manual_seed(getattr(config, "seed", 0) if seed is None else seed)
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        with warnings.catch_warnings():  # PEFT looks at a property that transformers renames
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return cast(PeftModel, get_peft_model(base, config))
     except (TypeError, ValueError) as error:  # none found, or one that is no linear layer
         if "arget module" not in str(error):
             raise

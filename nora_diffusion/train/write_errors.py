@@ -19,12 +19,16 @@ _FULL = {
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def explain(error: Exception, run: Path) -> UserError | None:
+COMMAND = "nora-dreambooth"
+
+
+def explain(error: Exception, run: Path, command: str = COMMAND) -> UserError | None:
     """What to do about an error of writing a run's files; None for any other error.
 
     Args:
         error: as raised.
         run: the run folder.
+        command: what continues the run.
     """
     if not isinstance(error, OSError):
         return None
@@ -37,7 +41,7 @@ def explain(error: Exception, run: Path) -> UserError | None:
         return None
     again = "give the same command again"
     if (run / RUN_CONFIG).is_file():
-        again = f"go on with: nora-dreambooth --resume {shlex.quote(str(run))}"
+        again = f"go on with: {command} --resume {shlex.quote(str(run))}"
     return UserError(
         f"output.dir = {quote(str(run))}: {path} cannot be written ({error.strerror}). "
         f"What was saved before is whole: {cure}, then {again}"
@@ -45,12 +49,12 @@ def explain(error: Exception, run: Path) -> UserError | None:
 
 
 @contextmanager
-def explained(run: Path) -> Iterator[None]:
+def explained(run: Path, command: str = COMMAND) -> Iterator[None]:
     """Raise what ``explain`` says of errors in a ``with`` block, or of a function so decorated."""
     try:
         yield
     except OSError as error:
-        told = explain(error, run)
+        told = explain(error, run, command)
         if told is None:
             raise
         raise told from error
