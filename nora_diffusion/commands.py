@@ -24,6 +24,10 @@ def run(argv: Sequence[str]) -> int:
     given = argparse.Namespace(argv=list(argv), overrides=[])
     if list(argv[:1]) == ["webui"]:  # a program of its own: this package knows nothing of it
         return _webui(argv[1:])
+    if list(argv[:1]) == ["llm"]:  # its flags are those of its schema
+        from nora_diffusion.language_command import train
+
+        return train(argv[1:])
     if list(argv[:1]) == ["vlm"]:  # its flags are those of its schema
         return _vlm(argv[1:])
     if list(argv[:1]) == ["campaign"]:
@@ -107,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
 
+    command("llm", lambda _: 0, "fine-tune a language model (nora llm --help)")
+    score = command("llm-eval", _llm_eval, "score a language model on questions with options")
+    score.add_argument(
+        "source", metavar="RUN_OR_BASE", help="run folder of nora llm, or a base as in model.base"
+    )
+    score.add_argument("files", metavar="FILE", nargs="+", help="questions, as in eval.files")
+    score.add_argument("--limit", type=_positive, help="questions of each file (default all)")
+    score.add_argument("--batch-size", type=_positive, default=16, help="(default 16)")
+    score.add_argument("--max-new-tokens", type=_positive, default=12, help="(default 12)")
+    score.add_argument("--device", choices=_choices("model.device"), default="auto")
+    score.add_argument("--json", action="store_true", help="every answer, as JSON")
     command("vlm", lambda _: 0, "adapt CLIP or a vision-language model (nora vlm --help)")
     command("webui", lambda _: 0, "serve the web app on this machine (nora webui --help)")
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
@@ -178,6 +193,12 @@ def _choices(name: str) -> tuple[str, ...]:
 def _webui(argv: Sequence[str]) -> int:
     # In place of this process, so that a signal to the command is one to the app.
     os.execv(sys.executable, [sys.executable, "-m", "webui", *argv])
+
+
+def _llm_eval(args: argparse.Namespace) -> int:
+    from nora_diffusion.language_command import score
+
+    return score(args)
 
 
 def _vlm(argv: Sequence[str]) -> int:

@@ -35,6 +35,10 @@ MAY_IMPORT = {
     "run_config": {"disk", "presets", "schema", "settings"},
     "run_folder": {"disk", "events", "run_config", "settings"},
     "run_command": BASE,
+    "language_config": {"schema", "sections"},
+    "language_model": BASE | {"adapter", "language_config"},
+    "language_command": BASE
+    | {"evaluation", "families", "language_config", "language_model", "run_command", "train"},
     "vision_language_config": {"schema", "sections"},
     "config": {"presets", "run_config", "schema", "sections", "settings", "subjects"},
     "events": {"disk"},
@@ -67,6 +71,9 @@ MAY_IMPORT = {
         "train",
         "vision_language_config",
     },
+    "train.language": BASE
+    | {"adapter", "data", "evaluation", "families", "language_config", "language_model"}
+    | {"run_command", "train"},
     "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "commands": BASE
@@ -81,6 +88,7 @@ MAY_IMPORT = {
         "train",
         "campaign",
         "run_command",
+        "language_command",
         "vision_language_config",
     },
     "cli": BASE | {"run_command", "commands", "data", "train"},

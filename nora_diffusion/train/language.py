@@ -1,0 +1,464 @@
+"""The recipe for language models: from instruction files to an adapter.
+
+Read from top to bottom: base, examples, adapter, score, train, save, score again. The loop is
+transformers' ``Trainer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from nora_diffusion.adapter import NoraConfig, fit_basis
+from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.adapter.lora import PEFT_CONFIG, export_lora
+from nora_diffusion.adapter.targets import ATTENTION, attention_projections
+from nora_diffusion.data.instructions import Encoded, Example, encode_files
+from nora_diffusion.data.packing import Collator, pack
+from nora_diffusion.disk import remove_temporaries, write_atomically
+from nora_diffusion.evaluation.multiple_choice import Scores, evaluate, read_questions, table
+from nora_diffusion.families.base import resolve_device
+from nora_diffusion.language_config import Adapter, LanguageConfig, Train
+from nora_diffusion.language_model import (
+    ADAPTER_FILE,
+    LORA_FOLDER,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    locate,
+    takes_logits_to_keep,
+)
+from nora_diffusion.run_command import how_to_resume
+from nora_diffusion.run_config import save_config
+from nora_diffusion.run_folder import CHECKPOINTS, check_free
+from nora_diffusion.settings import UserError, quote
+from nora_diffusion.train.common import (
+    DivergenceGuard,
+    StopSignal,
+    TrainingDiverged,
+    TrainingInterrupted,
+)
+from nora_diffusion.train.processes import ALONE, Processes, join
+from nora_diffusion.train.report import Report
+
+FIT_BATCHES = 32
+"""Batches of training data from which a data-driven basis is fitted."""
+
+SCORES = "scores.json"
+ORIGIN = "origin.json"
+_STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
+
+
+def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
+    """Train an adapter as the config says.
+
+    Args:
+        cfg: the settings.
+        resume: continue the run in ``output.dir`` from its newest checkpoint; on the CPU the
+            weights come out bit-identical to those of a run that was never stopped.
+
+    Returns:
+        The run folder: ``adapter.safetensors`` (NoRA), ``lora/`` in PEFT's layout, ``scores.json``.
+
+    Raises:
+        UserError: on settings, data or a folder that cannot be used.
+        TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
+        TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+        ProcessLost: when another process of the run has gone.
+    """
+    processes = join()
+    folder = Path(cfg.output.dir).expanduser()
+    how_to_go_on = partial(how_to_resume, cfg, str(folder))
+    with processes.together(how_to_go_on):
+        processes.from_first(lambda: _begin(cfg, folder, resume))
+        report = Report(
+            folder, total_steps=cfg.train.steps, log_every=cfg.train.log_every,
+            silent=not processes.first,
+        )  # fmt: skip
+        with report, _failures_reported(report):
+            _run(cfg, folder, resume, report, processes)
+    return folder
+
+
+def describe(cfg: LanguageConfig) -> list[str]:
+    """What a run would find, for a dry run.
+
+    Raises:
+        UserError: on settings or data that cannot be used.
+    """
+    device = resolve_device(cfg.model.device)
+    tokenizer = load_tokenizer(cfg.model.base)
+    encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
+    questions = [f"{file}: {len(read_questions(file, cfg.eval.limit))} questions"
+                 for file in cfg.eval.files]  # fmt: skip
+    skeleton = load_skeleton(cfg.model.base)
+    model = add_adapter(skeleton, adapter_config(cfg.adapter, skeleton))
+    rows = make_rows(cfg, encoded.examples)
+    return [str(encoded), *questions, _sizes(model, rows, device)]
+
+
+def _sizes(model: nn.Module, rows: Sequence[object], device: torch.device) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{len(rows)} rows; {trained:,} trained parameters on {device}"
+
+
+def _run(
+    cfg: LanguageConfig, folder: Path, resume: bool, report: Report, processes: Processes
+) -> None:
+    device = resolve_device(cfg.model.device)
+    tokenizer = load_tokenizer(cfg.model.base)
+    encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
+    report.say(str(encoded))
+    processes.from_first(lambda: _check_origin(cfg, folder, encoded, resume))
+    base = load_model(cfg.model.base, cfg.model.dtype, device, cfg.model.quantize)
+    before = _score(cfg, base, tokenizer, processes)
+
+    collator = Collator(tokenizer.pad_token_id, cfg.data.packing, takes_logits_to_keep(base))
+    rows = make_rows(cfg, encoded.examples)
+    config = adapter_config(cfg.adapter, base)
+    checkpoint = newest_checkpoint(folder) if resume else None
+    model = add_adapter(base, config, quantized=cfg.model.quantize != "none")
+    if checkpoint is None:  # else its files hold the fitted factors
+        fit(model, config, rows, collator, cfg.train)
+    report.say(_sizes(model, rows, device))
+    arguments = training_arguments(cfg.train, folder / CHECKPOINTS, device)
+    with StopSignal(patient=processes.count > 1) as stop:
+        follow = Follow(report, stop, processes)
+        trainer = make_trainer(model, rows, collator, arguments, [follow])
+        resumed = "" if checkpoint is None else f", resumed from {checkpoint.name}"
+        report.event("start", message=f"{cfg.train.steps} steps{resumed}")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    report.end_loop()
+    if follow.stopped_by is not None:
+        _stop(cfg, folder, report, follow.stopped_by, trainer.state.global_step)
+    if processes.first:
+        save(cfg, model, folder)
+    after = _score(cfg, model, tokenizer, processes)
+    if before and processes.first:
+        report.say(_write_scores(folder, before, after))
+    told = f"finished; everything is in {folder}"
+    report.say(told)
+    report.event("done", cfg.train.steps, message=told)
+
+
+def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
+    """What PEFT shall add to the base.
+
+    Raises:
+        UserError: when nothing in the base is meant by ``adapter.target_modules``.
+    """
+    targets: Any = cfg.target_modules
+    if targets == ATTENTION:
+        try:
+            targets = list(attention_projections(base))
+        except ValueError as error:
+            raise UserError(f"adapter.target_modules: {error}") from error
+    targets = list(targets) if isinstance(targets, tuple) else targets
+    if cfg.method == "lora":
+        return LoraConfig(
+            r=cfg.r,
+            lora_alpha=cast(int, cfg.scaling * cfg.r),
+            lora_dropout=cfg.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+    return NoraConfig(
+        r=cfg.r,
+        inner_r=cfg.inner_r,
+        scaling=cfg.scaling,
+        dropout=cfg.dropout,
+        init=cfg.init,
+        basis=cfg.basis,
+        seed=cfg.seed,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(
+    base: Any, config: PeftConfig, seed: int | None = None, quantized: bool = False
+) -> PeftModel:
+    """The base with an adapter, ready to be trained.
+
+    Raises:
+        UserError: when no module matches ``adapter.target_modules``.
+    """
+    if quantized:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    # LoRA draws its start from torch's own generator.
+    torch.manual_seed(getattr(config, "seed", 0) if seed is None else seed)
+    try:
+        return cast(PeftModel, get_peft_model(base, config))
+    except (TypeError, ValueError) as error:  # none found, or one that is no linear layer
+        if "arget module" not in str(error):
+            raise
+        raise UserError(f"adapter.target_modules: {error}") from error
+
+
+def make_rows(cfg: LanguageConfig, examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows of a batch: an example each, or several where they are packed."""
+    if cfg.data.packing:
+        return pack(examples, cfg.data.max_tokens)
+    return [[example] for example in examples]
+
+
+def fit(
+    model: PeftModel,
+    config: PeftConfig,
+    rows: Sequence[Sequence[Example]],
+    collator: Collator,
+    cfg: Train,
+    batches: int = FIT_BATCHES,
+) -> None:
+    """Fit a data-driven basis to training data; does nothing for one derived from the weights."""
+    if getattr(config, "basis", None) not in DATA_BASES:
+        return
+    device = next(model.parameters()).device
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+    starts = range(0, min(len(rows), batches * cfg.batch_size), cfg.batch_size)
+
+    def step(start: int) -> Tensor:
+        batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
+        return model(**send_to_device(batch, device)).loss
+
+    fit_basis(model, starts, step)
+
+
+def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:
+    """The config's section [train] as transformers names it."""
+    # Named only where it is asked for: releases of transformers differ in how they call it.
+    checkpointing: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    return TrainingArguments(
+        **(checkpointing if cfg.gradient_checkpointing else {}),
+        output_dir=str(folder),
+        use_cpu=device.type == "cpu",
+        max_steps=cfg.steps,
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            cfg.lr_schedule, cfg.lr_schedule
+        ),
+        warmup_steps=cfg.lr_warmup_steps,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        seed=cfg.seed,
+        save_steps=cfg.checkpoint_every,
+        save_total_limit=cfg.checkpoints_keep,
+        logging_steps=1,  # Report sums up
+        logging_nan_inf_filter=False,  # Follow stops the run instead
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,  # rows are no records of columns
+        # All that is trained takes part in every step, and the frozen factors never change.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        # pinning memory asks for a GPU
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def make_trainer(
+    model: nn.Module,
+    rows: Sequence[Sequence[Example]],
+    collator: Collator,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Transformers' ``Trainer``, which says nothing by itself."""
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast(Any, rows),
+        data_collator=cast(Any, collator),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Follow(TrainerCallback):
+    """Reports steps, stops on a signal or when the loss is not finite."""
+
+    def __init__(
+        self,
+        report: Report,
+        stop: StopSignal,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Follow a training with these channels."""
+        self.report = report
+        self.stop = stop
+        self.processes = processes
+        self.guard = DivergenceGuard()
+        self.stopped_by: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show the bar."""
+        self.report.start_loop(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Save and stop, all processes after the same step, where one was sent a signal."""
+        _, self.stopped_by = self.processes.agree(0.0, self.stop.name)
+        if self.stopped_by is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Take in a finished step, before a checkpoint of it is saved."""
+        if "loss" not in logs:  # the summary at the end
+            return
+        problem = self.guard.check(logs["loss"], logs.get("grad_norm"))
+        if problem is not None:
+            raise TrainingDiverged(
+                f"stopped at step {state.global_step}: {problem}. Start a new run with a lower "
+                f"train.learning_rate (now {args.learning_rate:g})"
+            )
+        self.report.step(state.global_step, logs["loss"], logs["learning_rate"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say that a checkpoint is there."""
+        path = f"{CHECKPOINTS}/checkpoint-{state.global_step}"
+        self.report.event("checkpoint", state.global_step, message=path)
+        self.report.pause()
+
+
+def save(cfg: LanguageConfig, model: PeftModel, folder: Path) -> None:
+    """Write the native file and the LoRA export of NoRA, or LoRA's own folder."""
+    if cfg.adapter.method == "lora":
+        model.save_pretrained(str(folder / LORA_FOLDER), save_embedding_layers=False)
+        return
+    save_adapter(
+        model,
+        folder / ADAPTER_FILE,
+        metadata={"base": cfg.model.base, "steps": cfg.train.steps, "training": {
+            "files": list(cfg.data.files), "learning_rate": cfg.train.learning_rate,
+            "batch_size": cfg.train.batch_size, "seed": cfg.train.seed,
+        }},
+    )  # fmt: skip
+    if not cfg.output.lora:
+        return
+    export_lora(folder / ADAPTER_FILE, folder / LORA_FOLDER, layout="peft", base=model)
+    # What AutoPeftModelForCausalLM reads.
+    file = folder / LORA_FOLDER / PEFT_CONFIG
+    described = json.loads(file.read_bytes())
+    described |= {"base_model_name_or_path": cfg.model.base, "task_type": "CAUSAL_LM"}
+    write_atomically(file, json.dumps(described, indent=2, sort_keys=True).encode())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / _STATE).read_bytes())
+            return path
+        except (OSError, ValueError):
+            warnings.warn(f"{path} was not written to its end and is passed over", stacklevel=2)
+    return None
+
+
+def _begin(cfg: LanguageConfig, folder: Path, resume: bool) -> None:
+    """Check what can be checked before there is a folder, then make it."""
+    resolve_device(cfg.model.device)
+    locate(cfg.model.base)
+    for file in cfg.eval.files:
+        read_questions(file, cfg.eval.limit)
+    if not resume:
+        check_free(folder, command=cfg.command)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
+            "--output.dir"
+        ) from None
+    remove_temporaries(folder)
+    save_config(cfg, folder)
+
+
+def _check_origin(cfg: LanguageConfig, folder: Path, encoded: Encoded, resume: bool) -> None:
+    """Refuse to continue a run on other examples than those it was started with."""
+    digest = hashlib.sha256(json.dumps([vars(e) for e in encoded.examples]).encode()).hexdigest()
+    file = folder / ORIGIN
+    if resume and file.is_file() and json.loads(file.read_bytes())["examples"] != digest:
+        raise UserError(
+            f"data.files = {quote(cfg.data.files)}: not the examples (or not the tokenizer) this "
+            "run was started with; restore them, or start a new run in another output.dir"
+        )
+    write_atomically(file, json.dumps({"examples": digest}).encode())
+
+
+def _score(
+    cfg: LanguageConfig, model: nn.Module, tokenizer: Any, processes: Processes
+) -> list[Scores]:
+    """Scores on ``eval.files``, in the first process; the others wait."""
+    return processes.from_first(
+        lambda: [
+            evaluate(
+                model, tokenizer, file, limit=cfg.eval.limit, batch_size=cfg.eval.batch_size,
+                max_new_tokens=cfg.eval.max_new_tokens,
+            )
+            for file in cfg.eval.files
+        ]
+    )  # fmt: skip
+
+
+def _write_scores(folder: Path, before: Sequence[Scores], after: Sequence[Scores]) -> str:
+    def summary(scores: Scores) -> dict[str, float]:
+        return {
+            "likelihood": scores.likelihood_accuracy,
+            "generated": scores.generated_accuracy,
+        }
+
+    rows = [
+        {"file": first.name, "questions": len(first.correct), "chance": first.chance,
+         "before": summary(first), "after": summary(last)}
+        for first, last in zip(before, after, strict=True)
+    ]  # fmt: skip
+    write_atomically(folder / SCORES, json.dumps(rows, indent=2).encode())
+    return table([("before", before), ("after", after)])
+
+
+def _stop(cfg: LanguageConfig, folder: Path, report: Report, signal: str, step: int) -> None:
+    told = f"stopped by {signal} after step {step}; {how_to_resume(cfg, str(folder))}"
+    report.event("stopped", step, message=told)
+    raise TrainingInterrupted(told)
+
+
+@contextmanager
+def _failures_reported(report: Report) -> Iterator[None]:
+    try:
+        yield
+    except TrainingInterrupted:  # has been reported, with its step
+        raise
+    except KeyboardInterrupt:
+        report.event("stopped", message="stopped outside the training steps")
+        raise
+    except Exception as error:
+        with suppress(OSError):  # the disk may be what has failed
+            report.event("error", message=str(error) or type(error).__name__)
+        raise

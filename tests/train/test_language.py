@@ -1,0 +1,323 @@
+"""nora llm: what a run leaves, that it can be stopped and continued, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nora_diffusion import adapter_info, cli
+from nora_diffusion.evaluation.multiple_choice import evaluate
+from nora_diffusion.events import read_events
+from nora_diffusion.language_config import LanguageConfig
+from nora_diffusion.language_model import load_model, load_run_model
+from nora_diffusion.run_config import load_run
+from nora_diffusion.settings import UserError, to_toml, validate
+from nora_diffusion.train import language
+from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
+from tests.tiny_language import save_base, tiny_tokenizer, write_questions
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: save_base(folder / kind, kind) for kind in ("llama", "qwen2", "gpt2")}
+
+
+@pytest.fixture
+def make(tmp_path, bases):
+    """Settings of a small run, with changes by section."""
+    data = write_questions(tmp_path / "train.json", 12)
+
+    def made(kind: str = "llama", folder: str = "run", **sections) -> LanguageConfig:
+        values = {
+            "model": {"base": bases[kind], "device": "cpu"},
+            "adapter": {"r": 8, "inner_r": 2},
+            "data": {"files": [data], "max_tokens": 96},
+            "train": {"steps": 6, "batch_size": 2, "checkpoint_every": 2, "log_every": 1},
+            "eval": {},
+            "output": {"dir": str(tmp_path / folder)},
+        }
+        for section, changes in sections.items():
+            values[section] |= changes
+        return validate(LanguageConfig, values, "test")
+
+    return made
+
+
+def logits_of(model) -> torch.Tensor:
+    ids = torch.tensor([tiny_tokenizer()("Which letter stands twice?")["input_ids"]])
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter.safetensors")
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+WITHOUT_US = """
+import sys
+sys.modules["nora_diffusion"] = None  # any import of it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+ids, out, *pairs = sys.argv[1:]
+found = []
+for base, lora in zip(pairs[::2], pairs[1::2]):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+    with torch.no_grad():
+        found.append(model(input_ids=torch.load(ids, weights_only=True)).logits)
+torch.save(found, out)
+"""
+
+
+def test_peft_alone_loads_the_export_and_computes_the_same(make, bases, tmp_path):
+    configs = {
+        kind: make(kind, folder=kind, train={"learning_rate": 0.1, "steps": 3}) for kind in bases
+    }
+    runs = {kind: language.run(config) for kind, config in configs.items()}
+    ids = torch.tensor([tiny_tokenizer()("Which letter stands twice?")["input_ids"]])
+    torch.save(ids, tmp_path / "ids.pt")
+    arguments = [tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    for kind, run in runs.items():
+        arguments += [bases[kind], run / "lora"]
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, *map(str, arguments)], check=True, cwd=tmp_path
+    )
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    for theirs, (kind, config) in zip(found, configs.items(), strict=True):
+        ours = logits_of(load_run_model(runs[kind], config, CPU))
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+        base = logits_of(load_model(bases[kind], "fp32", CPU))
+        assert (ours - base).abs().max() > 0.01
+
+
+def test_a_run_leaves_config_events_adapter_and_scores(make, tmp_path):
+    questions = write_questions(tmp_path / "test.json", 6)
+    run = language.run(make(eval={"files": [questions]}))
+    assert to_toml(load_run(LanguageConfig, run)) == to_toml(make(eval={"files": [questions]}))
+    events = read_events(run / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert all(e["loss"] > 0 and e["eta_s"] >= 0 for e in events if e["event"] == "step")
+    assert [e["step"] for e in events if e["event"] == "checkpoint"] == [2, 4, 6]
+    assert events[-1]["event"] == "done"
+    info = adapter_info(run / "adapter.safetensors")
+    assert info["steps"] == 6
+    (scores,) = json.loads((run / "scores.json").read_text())
+    again = evaluate(load_run_model(run, make(), CPU), tiny_tokenizer(), questions, cache=False)
+    assert scores["after"] == {
+        "likelihood": again.likelihood_accuracy,
+        "generated": again.generated_accuracy,
+    }
+    assert scores["questions"] == 6
+
+
+def test_training_learns(make):
+    config = make(train={"steps": 30, "batch_size": 6, "learning_rate": 3e-2},
+                  adapter={"r": 16, "inner_r": 8})  # fmt: skip
+    losses = [e["loss"] for e in read_events(language.run(config) / "events.jsonl")
+              if e["event"] == "step"]  # fmt: skip
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Let a run be sent SIGTERM while it reports a step."""
+    report_step = language.Follow.on_log
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        report_step(self, args, state, control, logs=logs, **rest)
+        if state.global_step == step and "loss" in logs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(language.Follow, "on_log", on_log)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {"dropout": 0.3}},
+        {"adapter": {"method": "lora", "dropout": 0.3}},
+        {"adapter": {"basis": "activation"}, "data": {"packing": True}},
+        {"adapter": {"init": "sigma"}, "train": {"gradient_accumulation_steps": 2}},
+    ],
+    ids=["nora", "lora", "activation, packed", "sigma, accumulated"],
+)
+def test_a_run_stopped_twice_equals_one_that_was_not(make, monkeypatch, changes):
+    whole = language.run(make(folder="whole", **changes))
+    config = make(folder="stopped", train={"checkpoint_every": 100} | changes.pop("train", {}),
+                  **changes)  # fmt: skip
+    for step, resume in ((2, False), (4, True)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(TrainingInterrupted, match="nora llm --resume"):
+                language.run(config, resume=resume)
+    stopped = language.run(config, resume=True)
+    events = read_events(stopped / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    losses = [
+        [e["loss"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+        for run in (whole, stopped)
+    ]
+    assert losses[0] == losses[1]
+    file = "lora/adapter_model.safetensors"
+    assert_same(load_file(whole / file), load_file(stopped / file))
+    if config.adapter.method == "nora":
+        assert_same(weights(whole), weights(stopped))
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(make):
+    config = make()
+    whole = weights(language.run(config))
+    folder = Path(config.output.dir)
+    (folder / "checkpoints/checkpoint-6/trainer_state.json").unlink()
+    shutil.rmtree(folder / "lora")
+    with pytest.warns(UserWarning, match="checkpoint-6 was not written to its end"):
+        language.run(config, resume=True)
+    assert_same(whole, weights(folder))
+
+
+def test_a_run_is_not_continued_on_other_examples(make, tmp_path):
+    config = make()
+    language.run(config)
+    write_questions(tmp_path / "train.json", 9)
+    with pytest.raises(UserError, match=r"data\.files = .*not the examples"):
+        language.run(config, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(make):
+    config = make(train={"learning_rate": 1e30, "lr_warmup_steps": 0, "checkpoint_every": 1,
+                         "max_grad_norm": 1e30})  # fmt: skip
+    with pytest.raises(TrainingDiverged, match=r"train\.learning_rate \(now 1e\+30\)"):
+        language.run(config)
+    events = read_events(Path(config.output.dir) / "events.jsonl")
+    assert events[-1]["event"] == "error"
+
+
+def test_packed_and_plain_rows_see_every_example(make):
+    counts = {}
+    for packing in (False, True):
+        config = make(data={"packing": packing, "max_tokens": 200})
+        encoded = language.encode_files(tiny_tokenizer(), config.data.files, 200)
+        rows = language.make_rows(config, encoded.examples)
+        counts[packing] = len(rows)
+        assert sum(map(len, rows)) == 12
+    assert counts[True] < counts[False] == 12
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear", ["q_proj"], r".*\.0\.mlp\..*_proj"])
+def test_modules_are_chosen_alike_for_both_methods(make, bases, targets):
+    adapted = []
+    for method in ("nora", "lora"):
+        config = make(adapter={"method": method, "target_modules": targets})
+        base = load_model(bases["llama"], "fp32", CPU)
+        model = language.add_adapter(base, language.adapter_config(config.adapter, base))
+        adapted.append(sorted(model.targeted_module_names))
+    assert adapted[0] == adapted[1]
+    assert adapted[0]
+    assert "lm_head" not in adapted[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"adapter": {"target_modules": ["nothing"]}}, "adapter.target_modules: "),
+        ({"adapter": {"target_modules": "model.*"}}, "adapter.target_modules: "),
+        ({"model": {"quantize": "nf4"}}, 'model.quantize = "nf4": needs a CUDA GPU'),
+        ({"model": {"base": "/no/such/folder"}}, 'model.base = "/no/such/folder": is no folder'),
+        ({"model": {"base": "absent.gguf"}}, 'model.base = "absent.gguf": no such file'),
+        ({"data": {"max_tokens": 8}}, "data.max_tokens = 8: all 12 examples are longer"),
+    ],
+)
+def test_what_cannot_be_done_is_told_by_its_key(make, sections, told):
+    with pytest.raises(UserError) as caught:
+        language.run(make(**sections))
+    assert str(caught.value).startswith(told)
+
+
+def command(*argv: str) -> int:
+    return cli.main(["llm", *argv])
+
+
+@pytest.fixture
+def config_file(make, tmp_path) -> str:
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(make()))
+    return str(path)
+
+
+def test_a_dry_run_shows_settings_examples_and_size_and_writes_nothing(
+    config_file, tmp_path, capsys
+):
+    assert command(config_file, "--dry-run", "--adapter.target_modules", "attention") == 0
+    out = capsys.readouterr().out
+    assert 'target_modules = "attention"' in out
+    assert "# 12 examples of " in out
+    assert f"{2 * 4 * 2 * 8 * 2:,} trained parameters on cpu" in out  # layers, projections, 2 r k
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_and_its_run_is_scored(config_file, tmp_path, capsys):
+    questions = write_questions(tmp_path / "q.json", 6)
+    assert command(config_file, "--eval.files", questions) == 0
+    shown = capsys.readouterr()
+    assert "before" in shown.err + shown.out
+    assert cli.main(["llm-eval", str(tmp_path / "run"), questions, "--json"]) == 0
+    (of_run,) = json.loads(capsys.readouterr().out)
+    (scores,) = json.loads((tmp_path / "run/scores.json").read_text())
+    right = sum(a == b for a, b in zip(of_run["likelihood"], of_run["correct"], strict=True))
+    assert right / 6 == scores["after"]["likelihood"]
+
+
+def test_a_base_is_scored_by_its_name(bases, tmp_path, capsys):
+    questions = write_questions(tmp_path / "q.json", 6)
+    assert cli.main(["llm-eval", bases["llama"], questions, "--limit", "3"]) == 0
+    assert "33.3%   3" in capsys.readouterr().out
+
+
+def test_a_bad_key_is_named_with_the_nearest_good_one(config_file, capsys):
+    assert command(config_file, "--train.learning_rat", "1") == 2
+    assert "did you mean train.learning_rate?" in capsys.readouterr().err
+
+
+LAUNCHED = textwrap.dedent(
+    """
+    import sys
+    from nora_diffusion.cli import main
+    sys.exit(main(sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(make, config_file, tmp_path):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    # As `accelerate launch` does for GPUs; of a CPU that makes but one process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = tmp_path / "two"
+    argv = ["llm", config_file, "--output.dir", str(two), "--train.batch_size", "6"]
+    done = subprocess.run(
+        [*launch, str(script), *argv], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = weights(language.run(make(train={"batch_size": 12})))  # every example in every step
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+    steps = [e["step"] for e in read_events(two / "events.jsonl") if e["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]  # the first process alone reports

@@ -1,0 +1,83 @@
+"""The comparison of methods is a fair one: the same tries, data and steps for each."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_language import save_base, write_questions
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("language_benchmark", BENCHMARKS / "language.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "language_benchmark", module)  # for its dataclass
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(benchmark, monkeypatch, tmp_path):
+    """What a whole benchmark of a tiny model writes, and how to run it once more."""
+    for name in benchmark.SETS:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write_questions(tmp_path / "data" / name / "train.json", 6)
+        write_questions(tmp_path / "data" / name / "test.json", 3)
+    monkeypatch.setattr(benchmark, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(benchmark, "SEEDS", (0, 1))
+    written = []
+    monkeypatch.setattr(benchmark, "write_result", lambda name, found, note: written.append(found))
+    base = save_base(tmp_path / "base")
+    size = benchmark.Size(96, 1, 2, 4, 2, None, 1, True)
+    monkeypatch.setattr(benchmark, "TARGETS", ["q_proj", "down_proj"])
+
+    def run():
+        benchmark.Benchmark(
+            base, torch.device("cpu"), size, tmp_path / "data", tmp_path / "work", False
+        ).run()
+        return written[-1]
+
+    return run(), run
+
+
+def test_every_method_gets_the_same_tries_and_seeds(benchmark, results):
+    found, run_again = results
+    tries = found["tries_a_method"]
+    assert len(tries) == len(benchmark.FIXED) + 2
+    assert set(tries.values()) == {2}
+    assert all(set(s["validation"]) == {"0.001", "0.01"} for s in found["search"].values())
+    rows = {method: [r for r in found["rows"] if r["method"] == method] for method in tries}
+    assert all([row["seed"] for row in of_one] == [0, 1] for of_one in rows.values())
+    assert {row["learning_rate"] for row in rows["lora_r8"]} == {
+        found["search"]["lora_r8"]["learning_rate"]
+    }
+    assert found["summary"]["lora_r32"]["likelihood_minus_lora_r32"]["mean"] == 0
+    shapes = {m: s["trained_parameters"] for m, s in found["summary"].items() if m != "base"}
+    assert shapes["lora_r32"] == 4 * shapes["lora_r8"]
+
+    # Run again, all is read from the work folder.
+    benchmark.make_trainer = None
+    assert run_again()["rows"] == found["rows"]
+
+
+def test_no_method_leaves_a_trace_in_the_base(benchmark, tmp_path):
+    from nora_diffusion.language_model import load_model
+    from nora_diffusion.train.common import weights_digest
+    from nora_diffusion.train.language import add_adapter
+
+    base = load_model(save_base(tmp_path / "base"), "fp32", torch.device("cpu"))
+    before = weights_digest(base)
+    for method, config in benchmark.methods().items():
+        if method.endswith(("activation", "gradient")):
+            continue  # fitted first; the layers are those of the others
+        config.target_modules = {"q_proj", "down_proj"}
+        config.r = 8
+        base = add_adapter(base, config).unload()
+        assert weights_digest(base) == before, method
