@@ -22,24 +22,15 @@ import torch
 from _common import RESULTS, write_result
 from tqdm import tqdm
 
+from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
+from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.compose import Compositor, Placement
 from nora_diffusion.mini.sources import concept_lists, concepts
 from nora_diffusion.mini.subjects import subject_views, write_views
 from nora_diffusion.run_config import load_config
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
-from nora_diffusion.train.clip_fewshot import (
-    Method,
-    Pool,
-    Row,
-    accuracy,
-    choose_shots,
-    methods,
-    read_classes,
-    summary,
-    table,
-    train_one,
-)
+from nora_diffusion.train.clip_fewshot import Method, accuracy, methods, train_one
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX, TRAIN, TEST = 64, 16, 16
