@@ -189,7 +189,7 @@ def train_clip(
     """
     state_path = work / "clip.safetensors"
     torch.manual_seed(0)
-    model = build_clip(size_px, text_encoder).to(device)
+    model = build_clip(size_px, text_encoder).to(device)  # pyright: ignore[reportArgumentType]
     trained = Trained(model, learning_rate, ema_decay=0.997, weight_decay=0.05)
     if state_path.exists():
         tensors, progress = load_state(state_path)
@@ -249,7 +249,8 @@ def export_clip(
     Returns:
         The hash of the weights.
     """
-    size_px: Any = model.config.vision_config.image_size
+    vision: Any = model.config.vision_config
+    size_px = vision.image_size
     processor = CLIPProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": size_px},

@@ -317,7 +317,7 @@ class Follow(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Save and stop, all processes after the same step, where one was sent a signal."""
-        _, self.stopped_by = self.processes.agree(0.0, self.stop.name)
+        self.stopped_by = self.processes.agree(0.0, self.stop.name)[1]
         if self.stopped_by is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -84,7 +84,7 @@ def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
     if not getattr(processor, "chat_template", None):
         raise UserError(f'model.base = "{base}": its processor has no chat template')
     model.requires_grad_(False)
-    return (model.cuda() if cuda else model), processor
+    return (model.to("cuda") if cuda else model), processor  # pyright: ignore[reportArgumentType]
 
 
 def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
