@@ -31,15 +31,17 @@ from transformers import (
     LlavaProcessor,
 )
 
+from nora_diffusion.data.image_batches import collate, encode
 from nora_diffusion.data.image_instructions import read_records
 from nora_diffusion.evaluation.image_features import to_pil
+from nora_diffusion.evaluation.picture_answers import answers, matches
 from nora_diffusion.evaluation.text_alignment import load_clip
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.gallery import WHERE, real_composites
 from nora_diffusion.mini.sources import concepts
 from nora_diffusion.mini.state import load_state, save_state
 from nora_diffusion.run_config import load_config
-from nora_diffusion.train.vision_language import answers, collate, encode, matches, run
+from nora_diffusion.train.vision_language import run
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX = 64
