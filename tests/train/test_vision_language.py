@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -23,20 +25,14 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from nora_diffusion.adapter.files import load_adapter
+from nora_diffusion.data.image_batches import Records, collate, encode
 from nora_diffusion.data.image_instructions import read_records
+from nora_diffusion.data.instructions import UNTRAINED
+from nora_diffusion.evaluation.picture_answers import answers, matches
 from nora_diffusion.run_config import load_config
 from nora_diffusion.settings import UserError
-from nora_diffusion.train.vision_language import (
-    UNTRAINED,
-    Records,
-    answers,
-    collate,
-    encode,
-    find_targets,
-    matches,
-    run,
-    train_adapter,
-)
+from nora_diffusion.train.vision_language import find_targets, run, train_adapter
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIDE = 28
@@ -228,14 +224,27 @@ def test_training_learns_the_answers_and_leaves_the_base_alone(shape, file, tmp_
         if '"step"' in line and json.loads(line)["event"] == "step"
     ]
     assert losses[-1] < losses[0] - 0.05  # random weights leave attention little to say
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     after = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
     assert all(torch.equal(before[k], after[k]) for k in before)
+    item = encode(processor, records[0])
+    with torch.no_grad():
+        trained = model(**item).logits
+        strip_adapter(model)
+        plain = model(**item).logits
+        lora = PeftModel.from_pretrained(model, tmp_path / "lora")
+        exported = lora(**item).logits
+    strip_adapter(model)
+    assert (trained - plain).abs().max() > 1e-3
+    assert torch.allclose(exported, trained, atol=1e-4)
+    loaded = load_adapter(model, tmp_path / "adapter.safetensors", adapter_name="again")
+    assert loaded == len(find_targets(model, ("vision", "language")))
+    with torch.no_grad():
+        assert torch.allclose(model(**item).logits, trained, atol=1e-5)
     strip_adapter(model)
 
 
 def strip_adapter(model) -> None:
-    """Takes NoRA's layers off a module-scoped model again."""
+    """Takes adapter layers off a module-scoped model again."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "base_layer"):
@@ -250,10 +259,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(file, tmp_path):
     model.save_pretrained(base)
     processor.save_pretrained(base)
     given = [f"model.base={base}", "train.checkpoint_every=3", "adapter.dropout=0.1"]
-    from safetensors.torch import load_file
 
     def adapter(folder):
-        return load_file(folder / "adapter" / "adapter_model.safetensors")
+        return load_file(folder / "adapter.safetensors")
 
     run(settings(file, tmp_path / "whole", *given, "train.steps=6"))
     config = settings(file, tmp_path / "cut", *given, "train.steps=6")

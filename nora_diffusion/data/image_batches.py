@@ -1,0 +1,113 @@
+"""Image instructions as a model's inputs, by its own processor and chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nora_diffusion.data.image_instructions import Record
+from nora_diffusion.data.instructions import UNTRAINED
+from nora_diffusion.settings import UserError
+
+
+def encode(processor: Any, record: Record, with_answers: bool = True) -> dict[str, Tensor]:
+    """One record as the model's inputs, each with a leading dimension of 1.
+
+    Args:
+        processor: of the model, with a chat template.
+        record: the conversation.
+        with_answers: False ends before the last answer, where the model shall go on.
+
+    Returns:
+        What the processor gives; with answers also `labels` (1, L): the answers' tokens, and
+        `UNTRAINED` elsewhere.
+
+    Raises:
+        UserError: the template does not write turn after turn.
+    """
+    n = len(record.turns)
+    if not with_answers:
+        return _render(processor, record, n - 1, True)
+    inputs = _render(processor, record, n, False)
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, UNTRAINED)
+    for i in range(1, n, 2):
+        before = _render(processor, record, i, True)["input_ids"].shape[1]
+        last = i + 1 == n
+        upto = ids if last else _render(processor, record, i + 1, False)["input_ids"]
+        if not torch.equal(upto, ids[:, : upto.shape[1]]) or before >= upto.shape[1]:
+            raise UserError(
+                "the model's chat template rewrites earlier turns, so answers cannot be told from "
+                "questions; give records of one question and one answer"
+            )
+        labels[:, before : upto.shape[1]] = ids[:, before : upto.shape[1]]
+    return inputs | {"labels": labels}
+
+
+def _render(processor: Any, record: Record, n_turns: int, ask: bool) -> dict[str, Tensor]:
+    return dict(
+        processor.apply_chat_template(
+            record.messages(n_turns),
+            add_generation_prompt=ask,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    )
+
+
+class Records(Dataset):
+    """Records encoded as they are asked for; those above `max_length` are left out and counted."""
+
+    def __init__(self, processor: Any, records: Sequence[Record], max_length: int):
+        self.processor = processor
+        lengths = [encode(processor, record, False)["input_ids"].shape[1] for record in records]
+        # The answer's length is that of its text; the picture is in the question.
+        lengths = [
+            length + len(processor.tokenizer(record.answer)["input_ids"])
+            for length, record in zip(lengths, records, strict=True)
+        ]
+        self.records = [r for r, n in zip(records, lengths, strict=True) if n <= max_length]
+        self.left_out, self.longest = len(records) - len(self.records), max(lengths)
+        if not self.records:
+            raise UserError(
+                f"data.max_length = {max_length}: every record is longer, up to {self.longest}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return encode(self.processor, self.records[index])
+
+
+def collate(items: Sequence[dict[str, Tensor]], pad_id: int, left: bool = False) -> dict:
+    """Encoded records as one batch: what runs along the tokens is padded, the rest put together.
+
+    Args:
+        items: what `encode` gives.
+        pad_id: token id to fill up with.
+        left: pad before the text, for generation.
+    """
+    fill = {"input_ids": pad_id, "labels": UNTRAINED}
+    longest = max(item["input_ids"].shape[1] for item in items)
+    batch = {}
+    for key, first in items[0].items():
+        if first.shape != items[0]["input_ids"].shape:
+            batch[key] = torch.cat([item[key] for item in items])
+            continue
+        rows = []
+        for item in items:
+            missing = longest - item[key].shape[1]
+            sides = (missing, 0) if left else (0, missing)
+            rows.append(nn.functional.pad(item[key], sides, value=fill.get(key, 0)))
+        batch[key] = torch.cat(rows)
+    return batch
+
+
+def pad_id_of(processor: Any) -> int:
+    """The token id that fills up a batch."""
+    tokenizer = processor.tokenizer
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
