@@ -8,12 +8,14 @@ Adapters on q, k, v, up and down, as in the paper. Every variant computes the gr
 to the input embeddings too, which is all that the adapter-free limit computes; logits are those of
 the last eighth of the tokens. Rounds are interleaved, so that other load hits all variants alike.
 
-Aims: of the gap between LoRA and the limit, NoRA closes 70 % in time and 90 % in activation memory.
+Times are judged by the fastest round, which other programs disturbed least. Aims: of the gap
+between LoRA and the limit, NoRA closes 70 % in time and 90 % in activation memory.
 """
 
 import argparse
 import statistics
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -142,7 +144,7 @@ def judge(found: dict[str, dict[str, float]]) -> dict[str, Any]:
     judged: dict[str, Any] = {}
     for name in ("lora_r16", "lora_r32"):
         entry: dict[str, Any] = {}
-        for kind, key in (("time", "step_median_s"), ("memory", activation)):
+        for kind, key in (("time", "step_min_s"), ("memory", activation)):
             gap = found[name][key] - limit[key]
             # Where LoRA costs no more than the limit there is nothing to close.
             closed = (found[name][key] - nora[key]) / gap if gap > 0 else None
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512 if on_gpu else 96)
     args = parser.parse_args()
     shape = "llama-3-8b" if on_gpu else "smollm2-135m"
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed in v6", FutureWarning)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     with torch.device("cuda" if on_gpu else "cpu"):
