@@ -34,7 +34,11 @@ from nora_diffusion.train.clip_fewshot import Method, accuracy, methods, train_o
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 SIZE_PX, TRAIN, TEST = 64, 16, 16
-GRID = {"NoRA": (3e-3, 1e-2, 3e-2), "LoRA r 2": (1e-3, 3e-3, 1e-2), "LoRA r 16": (3e-4, 1e-3, 3e-3)}
+GRID = {
+    "NoRA": (3e-3, 1e-2, 3e-2, 1e-1),
+    "LoRA r 2": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA r 16": (3e-4, 1e-3, 3e-3, 1e-2),
+}
 TUNING_CLASSES, TUNING_SHOTS, TUNING_SEED = 40, 4, 7
 NAME = "clip_fewshot"
 
