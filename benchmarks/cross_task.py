@@ -37,7 +37,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from nora_diffusion.adapter import NoraConfig, attention_projections
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 PRETRAINING_STEPS, PRETRAINING_RATE, ADAPTATION_STEPS = 1000, 3e-3, 150
 WORK = ROOT / "runs" / "cross_task"
