@@ -7,15 +7,19 @@ questions choose the rate of each method, and which two of NoRA's bases are repo
 questions choose nothing. Data: LLM-Adapters' files in ../shared/data/reasoning.
 
 `--full` is for a GPU: all lengths, all questions. Without it the sizes are those of `SMALL`.
-Finished rows are kept in the work folder; the same command goes on from there.
+Finished rows are kept in the work folder; the same command goes on from there. Every row is
+measured in a process of its own, so that none inherits memory or a generator's state.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +75,7 @@ class Size:
     system_turn: bool  # of SmolLM2's chat template: 23 more tokens an example
 
 
-SMALL = Size(80, 24, 4, 400, 12, 48, 8, False)
+SMALL = Size(80, 60, 4, 400, 25, 400, 8, False)
 FULL = Size(512, 1000, 16, 10_000, 200, None, 32, True)
 
 
@@ -108,28 +112,25 @@ def main() -> None:
     size = FULL if args.full else SMALL
     if args.smoke:
         size = Size(80, 2, 2, 20, 2, 2, 1, False)
-    device = resolve_device(args.device)
-    Benchmark(args.base, device, size, args.data, args.work, args.smoke).run()
+    Benchmark(args.base, args.device, size, args.data, args.work, args.smoke).run()
 
 
+@dataclass(frozen=True)
 class Benchmark:
-    """One base, one size; every run starts from the same frozen weights."""
+    """One base, one size: which rows there are, and what they say together."""
 
-    def __init__(
-        self, base: str, device: torch.device, size: Size, data: Path, work: Path, smoke: bool
-    ):
-        self.size, self.device, self.base_name, self.smoke = size, device, base, smoke
-        self.data = data
-        self.rows = work / f"{Path(base).name}-{'-'.join(map(str, asdict(size).values()))}"
-        self.rows.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = load_tokenizer(base)
-        if not size.system_turn:
-            self.tokenizer.chat_template = NO_SYSTEM_TURN
-        self.train, self.validation, self.test = self._read()
-        self.base = load_model(base, "auto", device)
-        self.collator = Collator(
-            self.tokenizer.pad_token_id, logits_to_keep=takes_logits_to_keep(self.base)
-        )
+    base: str
+    device: str
+    size: Size
+    data: Path
+    work: Path
+    smoke: bool
+
+    @property
+    def rows(self) -> Path:
+        """Where finished rows are kept; another size has another folder."""
+        name = f"{Path(self.base).name}-{'-'.join(map(str, asdict(self.size).values()))}"
+        return self.work / name
 
     def run(self) -> None:
         """Base, search, then the chosen methods with the other seeds."""
@@ -161,8 +162,75 @@ class Benchmark:
         """The measured row of one training, from the work folder if it is there."""
         kind = "test" if test else "search"
         file = self.rows / f"{method}-{rate}-{seed}-{kind}.json"
-        if file.is_file():
-            return json.loads(file.read_bytes())
+        if not file.is_file():
+            self.rows.mkdir(parents=True, exist_ok=True)
+            alone = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=alone) as pool:
+                row = pool.submit(measure, self, method, rate, seed, test).result()
+            write_atomically(file, json.dumps(row).encode())
+            told = {k: v for k, v in row.items() if k != "sets"}
+            print(json.dumps(told | accuracies(row)), flush=True)
+        return json.loads(file.read_bytes())
+
+    def _write(
+        self,
+        base: dict[str, Any],
+        first: dict[str, Any],
+        searched: dict[str, Any],
+        finals: dict[str, list[dict[str, Any]]],
+    ) -> None:
+        if self.smoke:
+            return
+        rows = [{**row, "sets": accuracies(row)} for found in finals.values() for row in found]
+        write_result(
+            "language",
+            {
+                "base": self.base,
+                "size": asdict(self.size),
+                "targets": TARGETS,
+                "rates": RATES,
+                "tries_a_method": {m: len(s["validation"]) for m, s in searched.items()},
+                "criterion": "mean log-probability of the right option, validation questions",
+                "choice_of_bases": {b: row["validation"] for b, row in first.items()},
+                "search": searched,
+                "base_scores": accuracies(base),
+                "summary": summarise(base, finals) if all(finals.values()) and finals else {},
+                "paper_against_lora_on_llama_3_8b": PAPER,
+                "rows": rows,
+            },
+            note=(
+                "Small by necessity: few steps, short questions, a small part of each set; see "
+                "size. Accuracies of sets of this size move by several points by chance alone. "
+                "step_s is the median of one step, forward, backward and update; without a GPU in "
+                "CPU seconds."
+            ),
+        )
+
+
+def measure(
+    benchmark: Benchmark, method: str, rate: float | None, seed: int | None, test: bool
+) -> dict[str, Any]:
+    """A row, measured: one training and its scores."""
+    return Bench(benchmark).row(method, rate, seed, test)
+
+
+class Bench:
+    """The base with its data; a row starts from frozen weights that nothing has touched."""
+
+    def __init__(self, benchmark: Benchmark):
+        self.size, self.data, self.rows = benchmark.size, benchmark.data, benchmark.rows
+        self.device = resolve_device(benchmark.device)
+        self.tokenizer = load_tokenizer(benchmark.base)
+        if not self.size.system_turn:
+            self.tokenizer.chat_template = NO_SYSTEM_TURN
+        self.train, self.validation, self.test = self._read()
+        self.base = load_model(benchmark.base, "auto", self.device)
+        self.collator = Collator(
+            self.tokenizer.pad_token_id, logits_to_keep=takes_logits_to_keep(self.base)
+        )
+
+    def row(self, method: str, rate: float | None, seed: int | None, test: bool) -> dict[str, Any]:
+        """Train where there is something to train, and answer the questions."""
         row: dict[str, Any] = {"method": method, "learning_rate": rate, "seed": seed}
         model = self.base
         if rate is not None and seed is not None:
@@ -177,11 +245,6 @@ class Benchmark:
                 name: asdict(self._evaluate(model, file, 12))
                 for name, file in zip(SETS, self.test, strict=True)
             }
-        if model is not self.base:
-            self.base = model.unload()
-        write_atomically(file, json.dumps(row).encode())
-        told = {k: v for k, v in row.items() if k != "sets"}
-        print(json.dumps(told | accuracies(row)), flush=True)
         return row
 
     def _evaluate(self, model: Any, file: Path, max_new_tokens: int) -> Any:
@@ -238,11 +301,12 @@ class Benchmark:
         validation: list[Path] = []
         test: list[Path] = []
         for name in SETS:
-            rows = self._short(self.data / name / "train.json")
-            held = rows[-size.validation_questions :]
-            kept = rows[: -size.validation_questions][: size.train_examples]
+            rows = read_rows(self.data / name / "train.json")
+            held = self._short(rows[::-1], size.validation_questions)
+            kept = self._short(rows, size.train_examples + len(held))
+            kept = [row for row in kept if row not in held][: size.train_examples]
             train += [[encode_messages(self.tokenizer, messages_of(row))] for row in kept]
-            of_test = self._short(self.data / name / "test.json")[: size.test_questions]
+            of_test = self._short(read_rows(self.data / name / "test.json"), size.test_questions)
             for part, questions, files in (
                 ("validation", held, validation), ("test", of_test, test),
             ):  # fmt: skip
@@ -250,45 +314,13 @@ class Benchmark:
                 write_atomically(files[-1], json.dumps(questions).encode())
         return train, validation, test
 
-    def _short(self, file: Path) -> list[dict[str, Any]]:
-        rows = read_rows(file)
-        lengths = [len(encode_messages(self.tokenizer, messages_of(row)).ids) for row in rows]
-        return [row for row, n in zip(rows, lengths, strict=True) if n <= self.size.max_tokens]
+    def _short(self, rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+        """The first rows that are not too long."""
+        short = (row for row in rows if self._length(row) <= self.size.max_tokens)
+        return list(itertools.islice(short, limit))
 
-    def _write(
-        self,
-        base: dict[str, Any],
-        first: dict[str, Any],
-        searched: dict[str, Any],
-        finals: dict[str, list[dict[str, Any]]],
-    ) -> None:
-        if self.smoke:
-            return
-        rows = [{**row, "sets": accuracies(row)} for found in finals.values() for row in found]
-        write_result(
-            "language",
-            {
-                "base": self.base_name,
-                "size": asdict(self.size),
-                "targets": TARGETS,
-                "rates": RATES,
-                "tries_a_method": {m: len(s["validation"]) for m, s in searched.items()},
-                "criterion": "mean log-probability of the right option, validation questions",
-                "choice_of_bases": {b: row["validation"] for b, row in first.items()},
-                "search": searched,
-                "training_examples": len(self.train),
-                "base_scores": accuracies(base),
-                "summary": summarise(base, finals) if all(finals.values()) and finals else {},
-                "paper_against_lora_on_llama_3_8b": PAPER,
-                "rows": rows,
-            },
-            note=(
-                "Small by necessity: few steps, short questions, a small part of each set; see "
-                "size. Accuracies of sets of this size move by several points by chance alone. "
-                "step_s is the median of one step, forward, backward and update; without a GPU in "
-                "CPU seconds."
-            ),
-        )
+    def _length(self, row: dict[str, Any]) -> int:
+        return len(encode_messages(self.tokenizer, messages_of(row)).ids)
 
 
 class Clock(TrainerCallback):
