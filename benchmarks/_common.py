@@ -1,13 +1,8 @@
-"""What every benchmark writes beside its numbers: device, versions, command, commit, load."""
+"""What the benchmarks share: where results go, and what a forward pass keeps and computes."""
 
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nora_diffusion.disk import write_atomically
+from nora_diffusion.bench.record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NO_KERNEL = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view")
-PACKAGES = ("torch", "diffusers", "peft", "transformers", "safetensors", "numpy")
 
 
 def write_result(name: str, results: dict[str, Any], note: str = "") -> Path:
@@ -31,19 +25,8 @@ def write_result(name: str, results: dict[str, Any], note: str = "") -> Path:
         results: Its numbers, with units in the keys.
         note: What a reader must know about the run.
     """
-    record = {
-        "benchmark": name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "commit": commit(),
-        "device": device(),
-        "versions": {"python": platform.python_version(), **versions()},
-        "note": note,
-        "results": results,
-    }
-    path = RESULTS / f"{name}.json"
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-    return path
+    command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    return write_record(RESULTS / f"{name}.json", command, results, note)
 
 
 def bytes_saved(model: nn.Module, forward: Callable[[], Any]) -> int:
@@ -76,45 +59,3 @@ class Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.count += not (func.is_view or name in NO_KERNEL)
         return func(*args, **(kwargs or {}))
-
-
-def commit() -> str:
-    """Return the commit, with "+changes" where the checkout differs from it."""
-    try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that the numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def device() -> dict[str, Any]:
-    """Describe the machine, and how busy it was."""
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "torch_threads": torch.get_num_threads(),
-        "load_average_1m": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

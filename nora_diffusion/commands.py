@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nora_diffusion import __version__
+from nora_diffusion.bench import command as bench
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS
 from nora_diffusion.run_command import how_to_resume, read_command_line
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="every answer, as JSON")
     command("vlm", lambda _: 0, "adapt CLIP or a vision-language model (nora vlm --help)")
     command("webui", lambda _: 0, "serve the web app on this machine (nora webui --help)")
+    bench.add_arguments(command("bench", bench.run, "compare methods on mini; resumable"))
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
 

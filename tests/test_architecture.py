@@ -76,6 +76,8 @@ MAY_IMPORT = {
     | {"run_command", "train"},
     "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
+    "bench": BASE
+    | {"adapter", "bench", "evaluation", "families", "mini", "sampling", "sheets", "train"},
     "commands": BASE
     | {
         "adapter",
@@ -87,6 +89,7 @@ MAY_IMPORT = {
         "evaluation",
         "train",
         "campaign",
+        "bench",
         "run_command",
         "language_command",
         "vision_language_config",

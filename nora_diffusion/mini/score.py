@@ -95,7 +95,7 @@ def score(
     pairs = prompts_for(concepts(work, concept_set), n)
     where = [w for _, w in pairs]
     names = [c.name for c, _ in pairs]
-    gallery, probe = Gallery(work, size_px), BackgroundProbe(work, size_px)
+    gallery, probe = Gallery.build(work, size_px), BackgroundProbe.build(work, size_px)
     drawn = draw(pipeline, [f"a photo of a {c.noun} {w}" for c, w in pairs])
     nonsense = draw(pipeline, [f"a photo of a sks {c.noun} {w}" for c, w in pairs])
     real = real_composites([c for c, _ in pairs], where, size_px, seed=12)

@@ -1,0 +1,1 @@
+"""Comparisons of adaptation methods on mini, each one command: ``nora bench``."""

@@ -1,0 +1,104 @@
+"""``nora bench``: what can be compared, how much of it, and where the numbers go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+STEPS, SAMPLING_STEPS = 100, 15
+RESULTS = Path("benchmarks/results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all comparisons take; nothing heavy is imported."""
+    parser.add_argument("what", choices=tuple(COMPARISONS), help="; ".join(_HELP))
+    parser.add_argument("--quick", action="store_true", help="a few steps of a few methods")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"folder of the results (default {RESULTS})"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder of finished trials (default ~/.cache/nora-bench/trials)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run or continue one comparison."""
+    COMPARISONS[args.what](args)
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from nora_diffusion.bench.study import Plan, run_study
+
+    plan = Plan(STEPS)
+    if args.quick:
+        plan = _quick(plan)
+    name = "methods-quick" if args.quick else "methods"
+    results = run_study(plan, _ledger(args), _saver(args, name))
+    print(_table(results["summary"]))
+
+
+def _quick(plan: Any) -> Any:
+    """Every stage, on one subject, two steps a training."""
+    from nora_diffusion.bench.methods import PAPER, lora, nora
+
+    few = [replace(m, rates=m.rates[1:3]) for m in (lora("LoRA r 1", 1), lora("LoRA r 16", 16))]
+    return replace(
+        plan, steps=2, searched_on=("cactus",), variants_on=("cactus",), subjects=("cactus",),
+        seeds=(0,), baselines=tuple(few), variants=(nora(), PAPER), finalists=1,
+    )  # fmt: skip
+
+
+def _ledger(args: argparse.Namespace) -> Any:
+    from nora_diffusion.bench.ledger import Ledger
+    from nora_diffusion.bench.ruler import BASE_HASH
+    from nora_diffusion.evaluation.image_features import NAME
+    from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
+
+    sampling_steps = 2 if args.quick else SAMPLING_STEPS
+    about = {
+        "base": f"mini {BASE_HASH}",
+        "backend": NAME,
+        "text_backend": "mini-CLIP score",
+        "pictures_a_run": 25,
+        "sampling_steps": sampling_steps,
+        "targets": "attention and feed-forward of the UNet, attention of the text encoder",
+    }
+    folder = args.work or Path.home() / ".cache" / "nora-bench" / "trials"
+    work = default_work_folder() / PRESETS["cpu"].name
+    return Ledger(folder, work, about, sampling_steps, args.workers)
+
+
+def _saver(args: argparse.Namespace, name: str) -> Callable[[dict[str, Any]], None]:
+    from nora_diffusion.bench.record import write_record
+
+    command = f"nora bench {args.what}" + (" --quick" if args.quick else "")
+
+    def save(results: dict[str, Any]) -> None:
+        write_record(args.out / f"{name}.json", command, results)
+
+    return save
+
+
+def _table(summary: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'method':36} {'trained':>9} {'file':>9} {'rate':>7} {'gap':>6} {'text':>6} {'bg':>6}"
+    ]
+    for row in summary:
+        lines.append(
+            f"{row['method']:36} {row['trained_parameters'] or 0:9,} {row['file_bytes'] or 0:9,} "
+            f"{row['learning_rate']:7g} {row.get('gap_closed', 0):6.1%} "
+            f"{row.get('text_adapted', 0):6.3f} {row.get('background_adapted', 0):6.1%}"
+        )
+    return "\n".join(lines)
+
+
+COMPARISONS: dict[str, Callable[[argparse.Namespace], None]] = {"methods": _methods}
+_HELP = ("methods: NoRA's variants and PEFT's methods on eight subjects of mini",)

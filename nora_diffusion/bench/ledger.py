@@ -1,0 +1,109 @@
+"""Finished trials, kept in a work folder: no command repeats what another has measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nora_diffusion.bench.trial import Trial, run_trial
+from nora_diffusion.disk import write_atomically
+
+Row = dict[str, Any]
+
+
+class Ledger:
+    """Rows of trials on one base, by one protocol.
+
+    Args:
+        folder: where the rows are, a file each.
+        work: work folder of mini's recipe.
+        about: base and protocol; rows of another are not taken.
+        sampling_steps: denoising steps of every picture.
+        workers: processes that train side by side, one thread each.
+    """
+
+    def __init__(
+        self, folder: Path, work: Path, about: Row, sampling_steps: int, workers: int
+    ) -> None:
+        self.folder, self.work, self.about = folder, work, about
+        self.sampling_steps, self.workers = sampling_steps, workers
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, trial: Trial, drift: bool = False) -> Row | None:
+        """The row of a trial; None where there is none, or none with the drift that is wanted."""
+        try:
+            row = json.loads(self._path(trial).read_bytes())
+        except OSError:
+            return None
+        missing = drift and "class_moved" not in row and "diverged" not in row
+        return None if missing else row
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        drift: bool = False,
+        on_row: Callable[[], None] = lambda: None,
+    ) -> list[Row]:
+        """Rows of all the trials, in their order; ``on_row`` is called after each new one."""
+        left = [trial for trial in trials if self.find(trial, drift) is None]
+        if left:
+            self._measure(left, drift, on_row)
+        return [self.row(trial, drift) for trial in trials]
+
+    def row(self, trial: Trial, drift: bool = False) -> Row:
+        """The row of a finished trial."""
+        row = self.find(trial, drift)
+        if row is None:
+            raise KeyError(f"not measured: {trial.key}")
+        return row
+
+    def _measure(self, trials: Sequence[Trial], drift: bool, on_row: Callable[[], None]) -> None:
+        # Fresh processes: torch takes its number of threads from the environment at the start.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        context = multiprocessing.get_context("spawn")
+        given = (self.work, self.sampling_steps)
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(trials)), context, initializer=_start_worker, initargs=given
+        )
+        with pool, tqdm(total=len(trials), unit="trial") as bar:
+            futures = {pool.submit(_work, trial, drift): trial for trial in trials}
+            try:
+                for future in as_completed(futures):
+                    self._write(futures[future], future.result())
+                    bar.update()
+                    on_row()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _write(self, trial: Trial, row: Row) -> None:
+        write_atomically(self._path(trial), (json.dumps(row) + "\n").encode())
+
+    def _path(self, trial: Trial) -> Path:
+        named = json.dumps([self.about, trial.key], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
+
+
+_ruler: Any = None
+
+
+def _start_worker(work: Path, sampling_steps: int) -> None:
+    import torch
+
+    from nora_diffusion.bench.ruler import Ruler
+
+    global _ruler
+    torch.set_num_threads(1)
+    _ruler = Ruler(work, sampling_steps)
+
+
+def _work(trial: Trial, drift: bool) -> Row:
+    return run_trial(trial, _ruler, drift)

@@ -1,0 +1,99 @@
+"""The methods that are compared: NoRA's variants, and PEFT's own on the same linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, OFTConfig, PeftConfig, PsoftConfig
+
+RATES = {
+    "nora": (2e-3, 6e-3, 2e-2, 6e-2),
+    "low_rank": (6e-4, 2e-3, 6e-3, 2e-2),
+    "orthogonal": (2e-3, 6e-3, 2e-2, 6e-2),
+}
+"""Learning rates that are tried, by kind of method: as many for each."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adaptation method.
+
+    Attributes:
+        name: in tables.
+        rates: learning rates that are tried.
+        nora: overrides of the run's config, for a variant of NoRA.
+        build: target modules to a PEFT configuration, for any other.
+    """
+
+    name: str
+    rates: tuple[float, ...]
+    nora: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[Sequence[str]], PeftConfig] | None = None
+
+
+def lora(name: str, r: int, **options: Any) -> Method:
+    """LoRA, or what PEFT makes of its options, with a scale of 1."""
+
+    def build(targets: Sequence[str]) -> PeftConfig:
+        return LoraConfig(r=r, lora_alpha=r, target_modules=list(targets), **options)
+
+    return Method(name, RATES["low_rank"], build=build)
+
+
+def oft(block_size: int) -> Method:
+    """Orthogonal fine-tuning: W times a block-diagonal rotation."""
+
+    def build(targets: Sequence[str]) -> PeftConfig:
+        return OFTConfig(r=0, oft_block_size=block_size, target_modules=list(targets))
+
+    return Method(f"OFT block {block_size}", RATES["orthogonal"], build=build)
+
+
+def psoft(name: str, r: int, **options: Any) -> Method:
+    """A trained core between frozen principal directions, orthogonal or (LoRA-XS) free."""
+
+    def build(targets: Sequence[str]) -> PeftConfig:
+        return PsoftConfig(r=r, psoft_alpha=r, target_modules=list(targets), **options)
+
+    return Method(name, RATES["nora" if options else "orthogonal"], build=build)
+
+
+FREE_CORE = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False}
+
+BASELINES = (
+    *(lora(f"LoRA r {r}", r) for r in (1, 2, 4, 16, 64)),
+    lora("DoRA r 4", 4, use_dora=True),
+    lora("PiSSA r 4", 4, init_lora_weights="pissa"),
+    oft(8),
+    # 22 x 22 = 484 numbers, where NoRA 32/8 has 512.
+    psoft("LoRA-XS r 22", 22, **FREE_CORE),
+    psoft("PSOFT r 32", 32),
+)
+
+
+def nora(
+    r: int = 32,
+    inner_r: int = 8,
+    basis: str = "weight",
+    init: str = "orthogonal",
+    alpha: float | None = None,
+) -> Method:
+    """A variant of NoRA; ``alpha`` is the exponent of its timestep law."""
+    law = "" if alpha is None else f", alpha {alpha:g}"
+    given = {"r": r, "inner_r": inner_r, "basis": basis, "init": init}
+    if alpha is not None:
+        given["timestep_rank"] = alpha
+    return Method(f"NoRA {r}/{inner_r} {basis} {init}{law}", RATES["nora"], nora=given)
+
+
+PAPER = nora(init="sigma")
+"""As the paper has it: principal directions of the weight, started from its singular values."""
+
+VARIANTS = tuple(
+    nora(basis=basis, init=init, alpha=alpha)
+    for basis in ("weight", "weight_minor", "activation", "gradient", "random")
+    for init in ("orthogonal", "sigma")
+    for alpha in (None, 1.0)
+)

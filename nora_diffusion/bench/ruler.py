@@ -1,0 +1,180 @@
+"""How well an adapter on mini draws a subject: fidelity, text alignment, drift of the class.
+
+Everything is measured on pictures of mini's 25 prompts against *held-out* views of the subject, by
+EffNet-Lite2 features. The base's own pictures of the same seeds, and real composites of the subject
+on the prompts' backgrounds, are measured beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from nora_diffusion.config import fill_prompt, shipped_configs
+from nora_diffusion.evaluation.image_features import image_features, mean_pairwise_cosine, to_pil
+from nora_diffusion.evaluation.prompts import MINI, without_trigger
+from nora_diffusion.evaluation.text_alignment import mini_clip_score
+from nora_diffusion.families import load_family
+from nora_diffusion.families.base import Family
+from nora_diffusion.mini.__main__ import ASSETS
+from nora_diffusion.mini.gallery import WHERE, BackgroundProbe, Gallery
+from nora_diffusion.mini.state import load_state, save_state
+from nora_diffusion.mini.subjects import Views, subject_views
+from nora_diffusion.sampling import sample_prompts
+
+SIZE_PX, PHOTO_PX, TRIGGER = 64, 256, "sks"
+WHERE_OF = tuple(prompt.split("{class_name} ")[1] for prompt in MINI)
+BASE_HASH = json.loads((ASSETS / "mini.json").read_text())["hash"]
+GUIDANCE = float(tomllib.loads(shipped_configs()["mini"].read_text())["sample"]["guidance"])
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a subject is measured against: features (N, 1280) of its real pictures.
+
+    Attributes:
+        held_out: views that nothing is trained on.
+        train: those that are.
+        real: composites of the subject on the backgrounds of the prompts.
+    """
+
+    held_out: Tensor
+    train: Tensor
+    real: Tensor
+
+
+class Ruler:
+    """The base's pictures and the subjects' features, shared by all measurements.
+
+    Args:
+        work: work folder of mini's recipe: emoji packages, and what is kept here.
+        steps: denoising steps of every picture.
+    """
+
+    def __init__(self, work: Path, steps: int = 25):
+        self.work, self.steps = work, steps
+        self.base = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
+        self.gallery, self.probe = Gallery.shipped(), BackgroundProbe.shipped()
+        self._references: dict[str, Reference] = {}
+
+    def measure(self, adapted: Family, views: Views, seed: int, drift: bool = True) -> Numbers:
+        """Score an adapted mini.
+
+        Args:
+            adapted: with the adapter on.
+            views: of the subject it has learnt.
+            seed: of the pictures, one a prompt.
+            drift: also draw the class without the trigger word.
+
+        Returns:
+            ``base``, ``adapted``, ``ceiling``: mean cosine to the held-out views of the base's
+            pictures, the adapter's, and real composites; ``training``: of the adapter's to the
+            views it was trained on; ``gap_closed``: (adapted - base) / (ceiling - base);
+            ``nearest_is_subject``, also ``..._base`` and ``..._real``: share of pictures whose
+            nearest emoji of all is the subject; ``background_base`` and ``background_adapted``:
+            share whose background is the one named; ``text_base`` and ``text_adapted``: mini-CLIP
+            score to the prompt without the trigger; with ``drift`` ``class_moved``, 1 - cosine to
+            the base's picture, and ``class_nearer_to_subject``, of the class alone.
+        """
+        reference = self._reference(views)
+        drawn = self.pictures(adapted, views.class_name, seed)
+        base = self._of_base(views.class_name, True, seed)
+        of_base, of_adapter = image_features(base), image_features(drawn)
+        cosine = {
+            "base": mean_pairwise_cosine(of_base, reference.held_out),
+            "adapted": mean_pairwise_cosine(of_adapter, reference.held_out),
+            "ceiling": mean_pairwise_cosine(reference.real, reference.held_out),
+        }
+        plain = [without_trigger(prompt, views.class_name) for prompt in MINI]
+        of_class = views.class_name, reference.held_out, seed
+        return {
+            **cosine,
+            "training": mean_pairwise_cosine(of_adapter, reference.train),
+            "gap_closed": (cosine["adapted"] - cosine["base"])
+            / (cosine["ceiling"] - cosine["base"]),
+            "nearest_is_subject": self._share(of_adapter, views.name),
+            "nearest_is_subject_base": self._share(of_base, views.name),
+            "nearest_is_subject_real": self._share(reference.real, views.name),
+            "background_base": self._background(base),
+            "background_adapted": self._background(drawn),
+            "text_base": float(mini_clip_score(base, plain).mean()),
+            "text_adapted": float(mini_clip_score(drawn, plain).mean()),
+            **(self._drift(adapted, *of_class) if drift else {}),
+        }
+
+    def pictures(
+        self, family: Family, class_name: str, seed: int, trigger: bool = True
+    ) -> list[Image.Image]:
+        """One picture a prompt, all from the same seed, with the guidance of mini's config."""
+        prompts = [
+            fill_prompt(prompt, TRIGGER, class_name)
+            if trigger
+            else without_trigger(prompt, class_name)
+            for prompt in MINI
+        ]
+        rows = sample_prompts(family, prompts, [seed], steps=self.steps, guidance=GUIDANCE)
+        return [row[0] for row in rows]
+
+    def sheet(self, adapted: Family, views: Views, seed: int) -> list[list[Image.Image]]:
+        """The base's pictures, the adapter's, and the adapter's without the trigger word."""
+        of_adapter = (self.pictures(adapted, views.class_name, seed, on) for on in (True, False))
+        return [self._of_base(views.class_name, True, seed), *of_adapter]
+
+    def _reference(self, views: Views) -> Reference:
+        if views.name not in self._references:
+            real = subject_views(views.name, self.work, PHOTO_PX, 1, len(MINI), seed=99).held_out
+            parts = (views.held_out, views.train, real)
+            features = [image_features(to_pil(_shrink(part))) for part in parts]
+            self._references[views.name] = Reference(*features)
+        return self._references[views.name]
+
+    def _drift(self, adapted: Family, class_name: str, held: Tensor, seed: int) -> Numbers:
+        plain = image_features(self._of_base(class_name, False, seed))
+        drifted = image_features(self.pictures(adapted, class_name, seed, trigger=False))
+        nearer = mean_pairwise_cosine(drifted, held) - mean_pairwise_cosine(plain, held)
+        moved = 1 - float((plain * drifted).sum(1).mean())
+        return {"class_moved": moved, "class_nearer_to_subject": nearer}
+
+    def _of_base(self, class_name: str, trigger: bool, seed: int) -> list[Image.Image]:
+        """Kept on disk: every method is measured beside the same ones."""
+        kind = "subject" if trigger else "class"
+        folder = self.work / "base_pictures" / f"{BASE_HASH}-{self.steps}"
+        path = folder / f"{class_name}-{kind}-{seed}.safetensors"
+        if path.is_file():
+            return to_pil(load_state(path)[0]["pictures"])
+        drawn = self.pictures(self.base, class_name, seed, trigger)
+        save_state(path, {"pictures": to_tensor(drawn)}, {"prompts": MINI})
+        return drawn
+
+    def _share(self, features: Tensor, name: str) -> float:
+        found = self.gallery.nearest(features, 1)
+        return sum(row[0] == name for row in found) / len(found)
+
+    def _background(self, images: Sequence[Image.Image]) -> float:
+        """Share right among the prompts that name one background of the probe."""
+        found = self.probe.names(to_tensor(images))
+        pairs = [(a, b) for a, b in zip(WHERE_OF, found, strict=True) if a in WHERE]
+        return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size -> uint8 (N, 3, H, W)."""
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+
+
+def _shrink(images: Tensor) -> Tensor:
+    """To mini's size: the ceiling must not profit from a resolution that mini cannot draw."""
+    small = F.interpolate(images.float(), (SIZE_PX, SIZE_PX), mode="area")
+    return small.round().to(torch.uint8)

@@ -1,0 +1,200 @@
+"""``nora bench methods``: every method with its own learning rate, on held-out subjects of mini.
+
+1. *search*: every method at each of its rates, as many for all, on subjects that are not measured
+   later; the best mean score is the method's rate.
+2. *variants*: bases, starts and timestep laws of NoRA on two subjects; the best four go on.
+3. *final*: these, NoRA as in the paper, and all baselines on eight subjects with three seeds.
+
+The score that chooses is the share of the gap to the subject that is closed, times the share of the
+backgrounds named in the prompts that is kept: a copy of the photos wins nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nora_diffusion.bench.bootstrap import interval
+from nora_diffusion.bench.ledger import Ledger, Row
+from nora_diffusion.bench.methods import BASELINES, PAPER, VARIANTS, Method, nora
+from nora_diffusion.bench.trial import Trial
+from nora_diffusion.mini.subjects import SUBJECTS
+
+SEARCHED_ON = ("rooster", "cactus")
+FINALISTS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+        steps: of a training.
+        searched_on: subjects the learning rates are chosen on.
+        variants_on: subjects NoRA's variants are chosen on.
+        subjects: of the final stage.
+        seeds: of the final stage; the other stages take the first.
+        baselines: methods beside NoRA.
+        variants: of NoRA.
+        finalists: variants that reach the final stage.
+    """
+
+    steps: int
+    searched_on: tuple[str, ...] = SEARCHED_ON
+    variants_on: tuple[str, ...] = SUBJECTS[:2]
+    subjects: tuple[str, ...] = SUBJECTS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    baselines: tuple[Method, ...] = BASELINES
+    variants: tuple[Method, ...] = VARIANTS
+    finalists: int = FINALISTS
+
+
+def score(row: Row) -> float:
+    """What chooses: gap closed times backgrounds kept; 0 for a training that diverged."""
+    if "diverged" in row:
+        return 0.0
+    return row["gap_closed"] * row["background_adapted"] / row["background_base"]
+
+
+def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
+    """Run or continue all stages.
+
+    Args:
+        plan: how much.
+        ledger: finished trials.
+        save: called with all results so far after every trial and at the end.
+
+    Returns:
+        The results, as saved.
+    """
+    study = Study(plan, ledger, save)
+    study.search((*plan.baselines, PAPER, nora()))
+    finalists = study.choose_variants()
+    study.search(finalists)
+    study.final((*plan.baselines, PAPER, *(m for m in finalists if m.name != PAPER.name)))
+    return study.results
+
+
+class Study:
+    """The stages, and what they have found so far."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> None:
+        self.plan, self.ledger, self._save = plan, ledger, save
+        self.rates: dict[str, float] = {}
+        self.results: Row = {
+            "about": ledger.about,
+            "steps": plan.steps,
+            "searched_on": plan.searched_on,
+            "variants_on": plan.variants_on,
+            "search": {},
+            "variants": [],
+            "rows": [],
+            "summary": [],
+        }
+
+    def search(self, methods: Iterable[Method]) -> None:
+        """Find each method's learning rate."""
+        methods = list(methods)
+        trials = [
+            Trial(method, subject, rate, self.plan.seeds[0], self.plan.steps)
+            for method in methods
+            for rate in method.rates
+            for subject in self.plan.searched_on
+        ]
+        self.ledger.run(trials)
+        for method in methods:
+            scores = {
+                rate: statistics.mean(
+                    score(self.ledger.row(trial))
+                    for trial in trials
+                    if trial.method == method and trial.rate == rate
+                )
+                for rate in method.rates
+            }
+            best = max(scores, key=lambda rate: scores[rate])
+            self.rates[method.name] = best
+            self.results["search"][method.name] = {
+                "learning_rate": best,
+                "tries": len(scores),
+                "scores": {f"{rate:g}": round(value, 4) for rate, value in scores.items()},
+                "at_the_edge": best in (method.rates[0], method.rates[-1]),
+            }
+        self._save(self.results)
+
+    def choose_variants(self) -> list[Method]:
+        """The best variants of NoRA, each at the rate that was found for its start."""
+        rates = {
+            "sigma": self.rates[PAPER.name],
+            "orthogonal": self.rates[nora().name],
+        }
+        trials = {
+            method.name: [
+                Trial(method, subject, rates[method.nora["init"]], seed, self.plan.steps)
+                for subject in self.plan.variants_on
+                for seed in self.plan.seeds[:1]
+            ]
+            for method in self.plan.variants
+        }
+        self.ledger.run([trial for of_method in trials.values() for trial in of_method])
+        rows = {name: [self.ledger.row(t) for t in own] for name, own in trials.items()}
+        scores = {name: statistics.mean(map(score, own)) for name, own in rows.items()}
+        order = sorted(self.plan.variants, key=lambda method: -scores[method.name])
+        self.results["variants"] = [
+            {**mean_row(rows[method.name]), "method": method.name, "score": scores[method.name]}
+            for method in order
+        ]
+        self._save(self.results)
+        return order[: self.plan.finalists]
+
+    def final(self, methods: Sequence[Method]) -> None:
+        """All subjects and seeds, with the drift of the class."""
+        trials = [
+            Trial(method, subject, self.rates[method.name], seed, self.plan.steps)
+            for seed in self.plan.seeds
+            for subject in self.plan.subjects
+            for method in methods
+        ]
+
+        def so_far() -> None:
+            found = [self.ledger.find(trial, drift=True) for trial in trials]
+            self.results["rows"] = [row for row in found if row is not None]
+            self.results["summary"] = summarise(self.results["rows"], [m.name for m in methods])
+            self._save(self.results)
+
+        self.ledger.run(trials, drift=True, on_row=so_far)
+        so_far()
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """Means of every number that all rows have; a diverged training counts as none."""
+    usable = [row for row in rows if "diverged" not in row]
+    names = [k for k, v in usable[0].items() if isinstance(v, float)] if usable else []
+    means = {name: round(statistics.mean(row[name] for row in usable), 5) for name in names}
+    return means | {"runs": len(rows), "diverged": len(rows) - len(usable)}
+
+
+def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for each method, with intervals over subjects and seeds."""
+    lines: list[dict[str, Any]] = []
+    for name in methods:
+        own = [row for row in rows if row["method"] == name]
+        if not own:
+            continue
+        first = next((row for row in own if "diverged" not in row), own[0])
+        lines.append(
+            {
+                "method": name,
+                **mean_row(own),
+                "learning_rate": first["learning_rate"],
+                "trained_parameters": first.get("trained_parameters"),
+                "file_bytes": first.get("file_bytes"),
+                "score": statistics.mean(map(score, own)),
+                "intervals": {
+                    key: interval(own, key)
+                    for key in ("gap_closed", "text_adapted", "background_adapted")
+                },
+            }
+        )
+    return lines

@@ -1,0 +1,162 @@
+"""One training of one method on one subject, by the recipe's own loop, and its measurement."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import nn
+
+from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.bench.methods import Method
+from nora_diffusion.bench.ruler import PHOTO_PX, TRIGGER, Ruler
+from nora_diffusion.config import DreamboothConfig, load_config
+from nora_diffusion.families import load_family
+from nora_diffusion.families.base import Family
+from nora_diffusion.mini.subjects import Views, subject_views, write_views
+from nora_diffusion.train import adapters, common
+from nora_diffusion.train.dreambooth import train
+from nora_diffusion.train.inputs import Inputs, encode_inputs
+from nora_diffusion.train.optimizers import make_optimizer
+from nora_diffusion.train.processes import ALONE
+from nora_diffusion.train.report import Report
+from nora_diffusion.train.session import Session
+from nora_diffusion.train.update import Update
+
+TARGETS = ("attention", "feed_forward")
+"""Linear layers alone: not every method that is compared can adapt a convolution."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained: the key of a row of results."""
+
+    method: Method
+    subject: str
+    rate: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Of the row, as JSON has it."""
+        return {
+            "method": self.method.name,
+            "subject": self.subject,
+            "learning_rate": self.rate,
+            "seed": self.seed,
+            "steps": self.steps,
+        }
+
+
+def run_trial(trial: Trial, ruler: Ruler, drift: bool = True) -> dict[str, Any]:
+    """Train and measure; a training that diverges scores as one that learns nothing."""
+    views = subject_views(trial.subject, ruler.work, PHOTO_PX)
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(trial, views, Path(folder))
+        start = time.process_time()
+        try:
+            train(session)
+        except common.TrainingDiverged as stop:
+            return {**trial.key, "diverged": str(stop)}
+        seconds = time.process_time() - start
+        size = file_bytes(session, trial.method)
+    for model in session.models.values():
+        model.eval()
+    return {
+        **trial.key,
+        "trained_parameters": sum(p.numel() for p in session.parameters.values()),
+        "file_bytes": size,
+        "step_cpu_s": round(seconds / trial.steps, 4),
+        **{
+            name: round(number, 5)
+            for name, number in ruler.measure(session.family, views, trial.seed, drift).items()
+        },
+    }
+
+
+def open_session(trial: Trial, views: Views, folder: Path) -> Session:
+    """Base, encoded views, adapter and optimiser, before the first step."""
+    cfg = trial_config(trial, views, folder)
+    report = Report(folder, total_steps=trial.steps, log_every=trial.steps, silent=True)
+    family = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
+    base_hash = common.weights_digest(family.components.denoiser)
+    inputs = encode_inputs(cfg, family, report)
+    models = adapters.adapted_models(cfg, family)
+    add_method(cfg, trial.method, family, inputs, models)
+    parameters = {
+        f"{component}.{name}": parameter
+        for component, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    optimizer = make_optimizer(cfg.train, [(list(parameters.values()), trial.rate)])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Session(
+        cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
+        models=models, parameters=parameters, optimizer=optimizer, scaler=scaler,
+        update=Update(parameters, optimizer, scaler, ALONE, cfg.train.max_grad_norm),
+        ema=None, guard=common.DivergenceGuard(),
+    )  # fmt: skip
+
+
+def trial_config(trial: Trial, views: Views, folder: Path) -> DreamboothConfig:
+    """The shipped config of mini with the trial's own settings."""
+    photos = folder / "photos"
+    write_views(views.train, photos)
+    nora = trial.method.nora
+    ranks = {f"text_encoder.{name}": nora[name] for name in ("r", "inner_r") if name in nora}
+    settings = {
+        "data.subject": photos, "data.class_name": views.class_name, "data.trigger": TRIGGER,
+        "data.cache": "false", "train.steps": trial.steps, "train.learning_rate": trial.rate,
+        "train.seed": trial.seed, "train.checkpoint_every": 0, "output.dir": folder / "run",
+        "adapter.seed": trial.seed, **ranks,
+        **{f"adapter.{name}": value for name, value in nora.items()},
+    }  # fmt: skip
+    targets = [text for kind in TARGETS for text in ("--adapter.targets", kind)]
+    return load_config("mini", [*(f"{k}={v}" for k, v in settings.items()), *targets])
+
+
+def add_method(
+    cfg: DreamboothConfig,
+    method: Method,
+    family: Family,
+    inputs: Inputs,
+    models: dict[str, nn.Module],
+) -> None:
+    """Put the method's adapter on every model, in its initial state."""
+    if method.build is None:
+        adapters.add_adapters(cfg, family, inputs)
+        return
+    # PEFT draws initial factors from torch's own generator.
+    torch.manual_seed(cfg.train.seed)
+    of_denoiser = [ending for kind in TARGETS for ending in family.targets[kind]]
+    for component, model in models.items():
+        denoiser = model is family.components.denoiser
+        config: Any = method.build(of_denoiser if denoiser else family.text_targets)
+        adapters.add_adapter(component, model, config)
+
+
+def file_bytes(session: Session, method: Method) -> int:
+    """Size of the adapter as a file of float16 numbers."""
+    if method.build is None:
+        basis = session.cfg.adapter.basis
+        pipeline = session.family.components.pipeline
+        path = save_adapter(
+            pipeline, session.run / "adapter.safetensors", adapters.NAME,
+            portable=basis in DATA_BASES, dtype=torch.float16,
+        )  # fmt: skip
+        return path.stat().st_size
+    tensors = {
+        f"{component}.{name}": tensor.half().contiguous()
+        for component, model in session.models.items()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapters.NAME).items()
+    }
+    return len(save(tensors))
