@@ -29,6 +29,15 @@ def _network() -> Any:
     return network.eval().requires_grad_(False)
 
 
+def check() -> None:
+    """See to it that the network can be had.
+
+    Raises:
+        ImportError: the eval extra is not installed.
+    """
+    _network()
+
+
 def image_features(images: Iterable[Image.Image], batch_size: int = 32) -> torch.Tensor:
     """Unit-length features (N, 1280) of PIL images, white behind transparent ones.
 

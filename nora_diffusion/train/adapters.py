@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,23 +169,6 @@ def checkpoint_gradients(models: dict[str, nn.Module]) -> None:
     for model in models.values():
         known = (name for name in names if hasattr(model, name))
         getattr(model, next(known, "gradient_checkpointing_enable"))()
-
-
-@contextmanager
-def switched_off(*models: nn.Module) -> Iterator[None]:
-    """The base models as they are without the adapter, for the time of a ``with`` block.
-
-    Scale 0 skips the adapter's arithmetic altogether, so the base's answer is exact; PEFT's own
-    switch would also touch ``requires_grad``.
-    """
-    layers = [layer for model in models for _, layer in iter_nora_layers(model)]
-    for layer in layers:
-        layer.set_scale(NAME, 0.0)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_scale(NAME, 1.0)
 
 
 def add_adapter(component: str, model: Any, config: NoraConfig) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
 from nora_diffusion.disk import remove_temporaries
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.run_folder import check_free
 from nora_diffusion.settings import quote
-from nora_diffusion.train import adapters, common, resuming
+from nora_diffusion.train import common, resuming
 from nora_diffusion.train.checkpoint import newest_path
 from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.launcher import check_launcher
@@ -178,7 +179,7 @@ def _base_prediction_losses(
     denoiser = family.components.denoiser
 
     def base(*args: Any, **kwargs: Any) -> Any:
-        with adapters.switched_off(denoiser):
+        with switched_off(denoiser):
             return denoiser(*args, **kwargs)
 
     of_base = family.frame(inputs.class_conditioning.select(batch.class_rows), batch.framings)

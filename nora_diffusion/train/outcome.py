@@ -13,6 +13,7 @@ from PIL import Image
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
+from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import DTYPES
@@ -134,7 +135,7 @@ def _draw(session: Session, *, adapted: bool = True) -> list[list[Image.Image]]:
         model.eval()
     try:
         if not adapted:
-            with adapters.switched_off(*models):
+            with switched_off(*models):
                 return sample_conditioning(
                     family, inputs.scenes, inputs.negative, seeds, **settings
                 )

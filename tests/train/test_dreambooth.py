@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from nora_diffusion import adapter_info, load_adapter, load_pipeline
 from nora_diffusion.adapter import iter_nora_layers
+from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import UserError, load_config, load_run
 from nora_diffusion.events import read_events
-from nora_diffusion.train import adapters, dreambooth
+from nora_diffusion.train import dreambooth
 from nora_diffusion.train.checkpoint import newest_checkpoint
 from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
 from nora_diffusion.train.prepare import prepare
@@ -660,7 +661,7 @@ def test_switched_off_is_the_base_exactly(make_config, tmp_path):
         for parameter in session.parameters.values():
             parameter.add_(0.1)
         moved = unet(*inputs).sample
-        with adapters.switched_off(unet):
+        with switched_off(unet):
             off = unet(*inputs).sample
         again = unet(*inputs).sample
     assert torch.equal(off, before) and torch.equal(again, moved)
