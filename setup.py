@@ -6,7 +6,7 @@ setup(
     packages=[*find_packages(include=["nora_diffusion*", "webui*"]), "nora_diffusion.configs"],
     package_dir={"nora_diffusion.configs": "configs"},
     package_data={
-        "nora_diffusion": ["assets/**/*", "**/*.toml"],
+        "nora_diffusion": ["assets/**/*", "**/*.toml", "**/*.html"],
         "nora_diffusion.configs": ["**/*.toml", "**/*.yaml"],
         "webui": ["migrations/*.mako"],
     },

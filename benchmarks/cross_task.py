@@ -39,7 +39,7 @@ from nora_diffusion.adapter import NoraConfig, attention_projections
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
-PRETRAINING_STEPS, PRETRAINING_RATE, ADAPTATION_STEPS = 1000, 3e-3, 150
+PRETRAINING_STEPS, PRETRAINING_RATE, ADAPTATION_STEPS = 6000, 2e-3, 300
 WORK = ROOT / "runs" / "cross_task"
 
 Row = dict[str, Any]

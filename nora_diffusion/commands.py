@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--height", type=_positive, help="in px (default: the base model's own)")
     sample.add_argument("--device", choices=_choices("model.device"), default="auto")
 
+    _add_eval(command("eval", _eval, "measure a run by the DreamBooth protocol"))
+
     export = command("export", _export, "write an adapter as an exact LoRA for other programs")
     export.add_argument("source", metavar="RUN_OR_FILE", help=where)
     export.add_argument("--out", required=True, help="file, or folder for the peft layout")
@@ -128,6 +130,31 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(command("bench", bench.run, "compare methods on mini; resumable"))
     _add_campaign(command("campaign", _campaign, "one training run for each line of a table"))
     return parser
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Backends: effnet, mini_clip (offline); dino, dinov2, clip (from the hub, or "
+        "NAME=FOLDER). The same command again goes on with the pictures that are missing."
+    )
+    parser.add_argument("source", metavar="RUN_OR_FILE", help="folder of a run, or adapter file")
+    parser.add_argument("--held-out", type=Path, help="folder of photos that were not trained on")
+    parser.add_argument("--photos", type=Path, help="training photos (default: those of the run)")
+    parser.add_argument("--out", type=Path, help="folder of the report (default RUN/eval)")
+    parser.add_argument(
+        "--prompts", help="mini, object, live, or a file of one a line (default: by base and class)"
+    )
+    parser.add_argument("--n", type=_positive, default=4, help="pictures a prompt (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
+    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the run's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the run's)")
+    parser.add_argument(
+        "--backend", nargs="+", default=(), metavar="NAME",
+        help="what measures (default: effnet mini_clip for mini, else dino clip)",
+    )  # fmt: skip
+    parser.add_argument("--base", help="base model (default: the one it was trained on)")
+    parser.add_argument("--device", choices=_choices("model.device"), default="auto")
+    parser.add_argument("--dtype", choices=_choices("model.dtype"), default="auto")
 
 
 def _add_campaign(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +269,22 @@ def _sample(args: argparse.Namespace) -> int:
         dtype=args.dtype or "auto",
     )
     print("\n".join(str(file) for file in files))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from nora_diffusion.evaluation.eval_run import Options, evaluate_run
+
+    source = Path(args.source).expanduser()
+    out = args.out or (source if source.is_dir() else source.parent) / "eval"
+    page = evaluate_run(
+        Options(
+            source, out, args.prompts, args.photos, args.held_out, tuple(args.backend), args.n,
+            args.seed, args.steps, args.guidance, args.base, args.device, args.dtype,
+        )
+    )  # fmt: skip
+    print((out / "eval.md").read_text(encoding="utf-8"))
+    print(f"with the pictures: {page}")
     return 0
 
 

@@ -89,7 +89,7 @@ def sample_to_folder(
     names = (info.get("trigger") or "", info.get("class_name") or "")
     texts = [fill_prompt(prompt, *names) for prompt in prompts]
     negative = negative_prompt or ""
-    of_run = _sample_settings(path)
+    of_run = sample_settings(path)
     steps = steps or int(of_run.get("steps", STEPS))
     guidance = float(of_run.get("guidance", GUIDANCE)) if guidance is None else guidance
     rows = sample_prompts(
@@ -130,7 +130,7 @@ def adapter_path(run_or_file: str | Path) -> Path:
         ) from error
 
 
-def _sample_settings(path: Path) -> dict[str, Any]:
+def sample_settings(path: Path) -> dict[str, Any]:
     """``[sample]`` of the run whose adapter the file is; empty for a file of its own."""
     config = path.parent / RUN_CONFIG
     if path.name != ADAPTER_FILE or not config.is_file():

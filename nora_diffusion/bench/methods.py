@@ -24,40 +24,39 @@ class Method:
         name: in tables.
         rates: learning rates that are tried.
         nora: overrides of the run's config, for a variant of NoRA.
-        build: target modules to a PEFT configuration, for any other.
+        peft: PEFT's configuration class, for any other method.
+        options: its arguments beside the modules.
     """
 
     name: str
     rates: tuple[float, ...]
     nora: dict[str, Any] = field(default_factory=dict)
-    build: Callable[[Sequence[str]], PeftConfig] | None = None
+    peft: Callable[..., PeftConfig] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, targets: Sequence[str]) -> PeftConfig:
+        """PEFT's configuration for modules of these names."""
+        assert self.peft is not None, f"{self.name} is no method of PEFT's"
+        return self.peft(target_modules=list(targets), **self.options)
 
 
 def lora(name: str, r: int, **options: Any) -> Method:
     """LoRA, or what PEFT makes of its options, with a scale of 1."""
-
-    def build(targets: Sequence[str]) -> PeftConfig:
-        return LoraConfig(r=r, lora_alpha=r, target_modules=list(targets), **options)
-
-    return Method(name, RATES["low_rank"], build=build)
+    given = {"r": r, "lora_alpha": r, **options}
+    return Method(name, RATES["low_rank"], peft=LoraConfig, options=given)
 
 
 def oft(block_size: int) -> Method:
     """Orthogonal fine-tuning: W times a block-diagonal rotation."""
-
-    def build(targets: Sequence[str]) -> PeftConfig:
-        return OFTConfig(r=0, oft_block_size=block_size, target_modules=list(targets))
-
-    return Method(f"OFT block {block_size}", RATES["orthogonal"], build=build)
+    given = {"r": 0, "oft_block_size": block_size}
+    return Method(f"OFT block {block_size}", RATES["orthogonal"], peft=OFTConfig, options=given)
 
 
 def psoft(name: str, r: int, **options: Any) -> Method:
     """A trained core between frozen principal directions, orthogonal or (LoRA-XS) free."""
-
-    def build(targets: Sequence[str]) -> PeftConfig:
-        return PsoftConfig(r=r, psoft_alpha=r, target_modules=list(targets), **options)
-
-    return Method(name, RATES["nora" if options else "orthogonal"], build=build)
+    rates = RATES["nora" if options else "orthogonal"]
+    given = {"r": r, "psoft_alpha": r, **options}
+    return Method(name, rates, peft=PsoftConfig, options=given)
 
 
 FREE_CORE = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False}

@@ -132,7 +132,7 @@ def add_method(
     models: dict[str, nn.Module],
 ) -> None:
     """Put the method's adapter on every model, in its initial state."""
-    if method.build is None:
+    if method.peft is None:
         adapters.add_adapters(cfg, family, inputs)
         return
     # PEFT draws initial factors from torch's own generator.
@@ -146,7 +146,7 @@ def add_method(
 
 def file_bytes(session: Session, method: Method) -> int:
     """Size of the adapter as a file of float16 numbers."""
-    if method.build is None:
+    if method.peft is None:
         basis = session.cfg.adapter.basis
         pipeline = session.family.components.pipeline
         path = save_adapter(
