@@ -36,11 +36,13 @@ class Backend:
         name: as it stands beside every score.
         embed: pictures -> unit-length features (N, D).
         embed_texts: texts -> unit-length features (N, D) in the same space, where it has one.
+        of_subjects: whether its cosine between pictures says that they show the same subject.
     """
 
     name: str
     embed: Callable[[Sequence[Image.Image]], Tensor]
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
+    of_subjects: bool = True
 
 
 def load_backend(spec: str, device: torch.device) -> Backend:
@@ -79,9 +81,9 @@ def _effnet() -> Backend:
 
 
 def _mini_clip() -> Backend:
-    return Backend(
-        OFFLINE["mini_clip"], text_alignment.image_features, text_alignment.text_features
-    )
+    # It knows kinds of things and backgrounds: pictures of one subject in two places are far apart.
+    embed, embed_texts = text_alignment.image_features, text_alignment.text_features
+    return Backend(OFFLINE["mini_clip"], embed, embed_texts, of_subjects=False)
 
 
 def _clip(shown: str, source: str, device: torch.device) -> Backend:

@@ -53,16 +53,17 @@ def score_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         text = found["text"]
         values = (_number(text["base"]), _number(text["adapted"]))
         lines.append((f"{name}: cosine to the prompt's text", *values, "-", "-"))
-    one = found["diversity"]
-    values = (_number(one["base"]), _number(one["adapted"]), _number(one["photos"]))
-    lines.append((f"{name}: diversity, 1 - cosine in a prompt", *values, "-"))
-    one = found["drift"]
-    lines.append(
-        (f"{name}: class without trigger, 1 - cosine to the base's", "0", _number(one["moved"]))
-        + ("-", "-")
-    )
-    nearer = f"{name}: class without trigger, nearer to the subject by"
-    lines.append((nearer, "0", _number(one["nearer_to_subject"]), "-", "-"))
+    if "diversity" in found:
+        one = found["diversity"]
+        values = (_number(one["base"]), _number(one["adapted"]), _number(one["photos"]))
+        lines.append((f"{name}: diversity, 1 - cosine in a prompt", *values, "-"))
+        one = found["drift"]
+        lines.append(
+            (f"{name}: class without trigger, 1 - cosine to the base's", "0", _number(one["moved"]))
+            + ("-", "-")
+        )
+        nearer = f"{name}: class without trigger, nearer to the subject by"
+        lines.append((nearer, "0", _number(one["nearer_to_subject"]), "-", "-"))
     return lines
 
 
@@ -73,7 +74,8 @@ def markdown(results: dict[str, Any], rows: Sequence[tuple[str, ...]]) -> str:
         "",
         f"{results['prompts']} prompts x {results['n']} pictures from seed {results['seed']}, "
         f"{results['steps']} steps, guidance {results['guidance']:g}; base {results['base']} "
-        f"({results['base_hash']}), adapter {results['adapter']}; {results['training_photos']} "
+        f"({(results['base_hash'] or 'hash unknown')[:12]}), adapter {results['adapter'][:12]}; "
+        f"{results['training_photos']} "
         f"training photos, {results['held_out_photos']} held out.",
         "",
         f"| {' | '.join(HEADER)} |",

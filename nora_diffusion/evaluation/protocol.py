@@ -49,39 +49,45 @@ def measure(pictures: Pictures, backend: Backend) -> dict[str, Any]:
         ``gap_closed``, (adapted - base) / (ceiling - base); ``diversity``: mean 1 - cosine between
         pictures of one prompt, None for one picture a prompt, and among the photos; ``drift`` of
         the class without the trigger word: ``moved``, mean 1 - cosine to the base's picture of the
-        same seed, and how much ``nearer_to_subject``; and, where the backend reads texts,
-        ``text``: mean cosine to the prompt without the trigger word.
+        same seed, and how much ``nearer_to_subject``. Where the backend reads texts, ``text``: mean
+        cosine to the prompt without the trigger word; of one that cannot tell subjects apart, that
+        alone.
     """
     rows = {
         name: _features(getattr(pictures, name), backend)
         for name in ("base", "adapted", "base_class", "adapted_class")
     }
-    training = backend.embed(pictures.training)
-    held_out = backend.embed(pictures.held_out) if pictures.held_out else None
-    subject = training if held_out is None else held_out
-    found: dict[str, Any] = {
-        "backend": backend.name,
-        "training": _fidelity(rows, training, _among(training)),
-    }
-    if held_out is not None:
-        ceiling = mean_pairwise_cosine(held_out, training)
-        found["held_out"] = _fidelity(rows, held_out, ceiling)
-    found["diversity"] = {
-        "base": _diversity(rows["base"]),
-        "adapted": _diversity(rows["adapted"]),
-        "photos": None if len(training) < 2 else 1 - mean_pairwise_cosine(training),
-    }
-    plain, drifted = rows["base_class"].flatten(0, 1), rows["adapted_class"].flatten(0, 1)
-    found["drift"] = {
-        "moved": 1 - float((plain * drifted).sum(1).mean()),
-        "nearer_to_subject": mean_pairwise_cosine(drifted, subject)
-        - mean_pairwise_cosine(plain, subject),
-    }
+    found: dict[str, Any] = {"backend": backend.name}
+    if backend.of_subjects:
+        found |= _of_subject(pictures, rows, backend)
     if backend.embed_texts is not None:
         texts = backend.embed_texts(pictures.class_prompts)[:, None]
         found["text"] = {
             name: float((rows[name] * texts).sum(-1).mean()) for name in ("base", "adapted")
         }
+    return found
+
+
+def _of_subject(pictures: Pictures, rows: dict[str, Tensor], backend: Backend) -> dict[str, Any]:
+    training = backend.embed(pictures.training)
+    held_out = backend.embed(pictures.held_out) if pictures.held_out else None
+    found: dict[str, Any] = {"training": _fidelity(rows, training, _among(training))}
+    if held_out is not None:
+        ceiling = mean_pairwise_cosine(held_out, training)
+        found["held_out"] = _fidelity(rows, held_out, ceiling)
+    among = _among(training)
+    found["diversity"] = {
+        "base": _diversity(rows["base"]),
+        "adapted": _diversity(rows["adapted"]),
+        "photos": None if among is None else 1 - among,
+    }
+    plain, drifted = rows["base_class"].flatten(0, 1), rows["adapted_class"].flatten(0, 1)
+    subject = training if held_out is None else held_out
+    nearer = mean_pairwise_cosine(drifted, subject) - mean_pairwise_cosine(plain, subject)
+    found["drift"] = {
+        "moved": 1 - float((plain * drifted).sum(1).mean()),
+        "nearer_to_subject": nearer,
+    }
     return found
 
 
