@@ -16,6 +16,9 @@ RESULTS = Path("benchmarks/results")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What all comparisons take; nothing heavy is imported."""
     parser.add_argument("what", choices=tuple(COMPARISONS), help="; ".join(_HELP))
+    parser.add_argument(
+        "--check", action="store_true", help="with report: change nothing, fail where they disagree"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side"
@@ -30,11 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or continue one comparison."""
-    COMPARISONS[args.what](args)
-    return 0
+    return COMPARISONS[args.what](args)
 
 
-def _methods(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.report import check_report, write_report
+
+    if not args.check:
+        changed = write_report(Path.cwd())
+        print("\n".join(map(str, changed)) or "all pages say what the results say")
+        return 0
+    found = check_report(Path.cwd())
+    for part in found:
+        print(f"{part}: does not say what benchmarks/results says; run: nora bench report")
+    return 1 if found else 0
+
+
+def _methods(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_study
 
     plan = Plan(STEPS)
@@ -43,6 +58,7 @@ def _methods(args: argparse.Namespace) -> None:
     name = "methods-quick" if args.quick else "methods"
     results = run_study(plan, _ledger(args), _saver(args, name))
     print(_table(results["summary"]))
+    return 0
 
 
 def _quick(plan: Any) -> Any:
@@ -100,5 +116,11 @@ def _table(summary: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-COMPARISONS: dict[str, Callable[[argparse.Namespace], None]] = {"methods": _methods}
-_HELP = ("methods: NoRA's variants and PEFT's methods on eight subjects of mini",)
+COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "methods": _methods,
+    "report": _report,
+}
+_HELP = (
+    "methods: NoRA's variants and PEFT's methods on eight subjects of mini",
+    "report: write the recorded numbers into README and docs of this checkout",
+)

@@ -1,0 +1,109 @@
+"""``nora bench report``: the numbers in README and docs, rendered from the recorded results.
+
+A page marks the parts that are rendered::
+
+    <!-- report: subject -->
+    ...
+    <!-- end of report -->
+
+The part's template is ``benchmarks/report/subject.md`` (jinja2), where ``results("subject")`` is
+what ``benchmarks/results/subject.json`` holds under "results", and ``record("subject")`` the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+
+from nora_diffusion.config import UserError
+from nora_diffusion.disk import write_atomically
+
+_PART = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
+
+
+def write_report(root: Path) -> list[Path]:
+    """Render every marked part anew; returns the pages that changed.
+
+    Raises:
+        UserError: when a template or a result is missing.
+    """
+    changed: list[Path] = []
+    for page, text, rendered in _pages(root):
+        if text != rendered:
+            write_atomically(page, rendered.encode())
+            changed.append(page)
+    return changed
+
+
+def check_report(root: Path) -> list[str]:
+    """The parts that do not say what the results say, as ``PAGE: PART``.
+
+    Raises:
+        UserError: when a template or a result is missing.
+    """
+    return [
+        f"{page.relative_to(root)}: {old[2]}"
+        for page, text, rendered in _pages(root)
+        for old, new in zip(_PART.finditer(text), _PART.finditer(rendered), strict=True)
+        if old[3] != new[3]
+    ]
+
+
+def _pages(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Every page with marked parts, as it is and as it should be."""
+    if not (root / "benchmarks" / "report").is_dir():
+        raise UserError(
+            f"{root}: holds no benchmarks/report; run this in a checkout of the project"
+        )
+    environment = _environment(root)
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        if _PART.search(text):
+            yield page, text, _PART.sub(partial(_rendered, environment, page), text)
+
+
+def _rendered(environment: Environment, page: Path, part: re.Match[str]) -> str:
+    try:
+        text = environment.get_template(f"{part[2]}.md").render()
+    except TemplateError as error:
+        raise UserError(f"{page}: part {part[2]}: {type(error).__name__}: {error}") from error
+    return f"{part[1]}{text.strip()}\n{part[4]}"
+
+
+def _environment(root: Path) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(root / "benchmarks" / "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def record(name: str) -> Any:
+        path = root / "benchmarks" / "results" / f"{name}.json"
+        try:
+            return json.loads(path.read_bytes())
+        except OSError:
+            raise UserError(
+                f"{path}: no such result; run the benchmark, or take the part out"
+            ) from None
+
+    environment.globals |= {"record": record, "results": lambda name: record(name)["results"]}
+    environment.filters |= {"share": share, "aim": aim}
+    return environment
+
+
+def share(value: float, digits: int = 0) -> str:
+    """0.19 as "19 %"."""
+    return f"{value:.{digits}%}".replace("%", " %")
+
+
+def aim(text: str, met: bool) -> str:
+    """A number that missed its aim, as what it is."""
+    return text if met else f"**{text}** (missed)"

@@ -1,0 +1,73 @@
+"""``nora bench report``: pages say what the recorded results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nora_diffusion.bench.report import aim, check_report, share, write_report
+from nora_diffusion.cli import main
+from nora_diffusion.config import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for folder in ("docs", "benchmarks/report", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    page = "before\n<!-- report: gap -->\nold\n<!-- end of report -->\nafter\n"
+    (tmp_path / "README.md").write_text(page)
+    (tmp_path / "docs" / "plain.md").write_text("no numbers\n")
+    template = 'The gap is {{ results("subject").gap | share | aim(False) }}.\n'
+    (tmp_path / "benchmarks" / "report" / "gap.md").write_text(template)
+    record(tmp_path, 0.19)
+    return tmp_path
+
+
+def record(checkout, gap):
+    path = checkout / "benchmarks" / "results" / "subject.json"
+    path.write_text(json.dumps({"results": {"gap": gap}}))
+
+
+def test_the_pages_of_this_project_say_what_was_measured():
+    assert check_report(ROOT) == []
+
+
+def test_a_part_is_rendered_and_the_rest_is_left_alone(checkout):
+    assert check_report(checkout) == ["README.md: gap"]
+    assert write_report(checkout) == [checkout / "README.md"]
+    assert (checkout / "README.md").read_text() == (
+        "before\n<!-- report: gap -->\nThe gap is **19 %** (missed).\n"
+        "<!-- end of report -->\nafter\n"
+    )
+    assert check_report(checkout) == [] and write_report(checkout) == []
+
+
+def test_a_new_result_and_a_number_changed_by_hand_are_found(checkout, monkeypatch, capsys):
+    write_report(checkout)
+    monkeypatch.chdir(checkout)
+    assert main(["bench", "report", "--check"]) == 0
+    record(checkout, 0.25)
+    assert main(["bench", "report", "--check"]) == 1
+    assert "README.md: gap" in capsys.readouterr().out
+    assert main(["bench", "report"]) == 0
+    page = checkout / "README.md"
+    page.write_text(page.read_text().replace("25 %", "35 %"))
+    assert main(["bench", "report", "--check"]) == 1
+
+
+def test_what_is_missing_is_named(checkout, tmp_path):
+    (checkout / "benchmarks" / "report" / "gap.md").write_text('{{ results("gone").gap }}')
+    with pytest.raises(UserError, match="gone.json: no such result"):
+        check_report(checkout)
+    (checkout / "benchmarks" / "report" / "gap.md").write_text('{{ results("subject").gpa }}')
+    with pytest.raises(UserError, match="part gap: UndefinedError.*gpa"):
+        check_report(checkout)
+    with pytest.raises(UserError, match="run this in a checkout"):
+        check_report(tmp_path / "docs")
+
+
+def test_filters():
+    assert share(0.194) == "19 %" and share(-0.0051, 1) == "-0.5 %"
+    assert aim("3 s", True) == "3 s" and aim("3 s", False) == "**3 s** (missed)"
