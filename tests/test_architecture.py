@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
     "targets": BASE | {"adapter", "families"},
     "sheets": set(),
-    "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
+    "evaluation": BASE
+    | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "evaluation"},
     "train": BASE
     | {
         "adapter",
