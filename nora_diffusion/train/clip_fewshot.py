@@ -24,6 +24,7 @@ from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
+from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS
 from nora_diffusion.settings import UserError
@@ -94,11 +95,8 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
 
 
 def _base(config: VisionLanguageConfig) -> ClipBase:
-    cuda = torch.cuda.is_available()
-    name = config.model.device if config.model.device != "auto" else ("cuda" if cuda else "cpu")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes["auto"] = torch.bfloat16 if name == "cuda" else torch.float32
-    return load_clip_base(config.model.base, dtypes[config.model.dtype], torch.device(name))
+    device = resolve_device(config.model.device, mps=False)
+    return load_clip_base(config.model.base, resolve_dtype(config.model.dtype, device), device)
 
 
 def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -29,6 +28,7 @@ from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.picture_answers import ask
 from nora_diffusion.events import EventLog
+from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, EVENTS
 from nora_diffusion.settings import UserError
@@ -67,16 +67,15 @@ def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
     """Returns the frozen model and its processor.
 
     Raises:
-        UserError: it cannot be loaded, or has no chat template.
+        UserError: it cannot be loaded, has no chat template, or there is no such device.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    base, wanted = config.model.base, config.model.device
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes["auto"] = torch.bfloat16 if cuda else torch.float32
+    base = config.model.base
+    device = resolve_device(config.model.device, mps=False)
+    dtype = resolve_dtype(config.model.dtype, device)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtypes[config.model.dtype])
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
         processor = AutoProcessor.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -85,8 +84,7 @@ def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
         ) from None
     if not getattr(processor, "chat_template", None):
         raise UserError(f'model.base = "{base}": its processor has no chat template')
-    model.requires_grad_(False)
-    return (model.to("cuda") if cuda else model), processor  # pyright: ignore[reportArgumentType]
+    return model.requires_grad_(False).to(device), processor  # pyright: ignore[reportArgumentType]
 
 
 def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:

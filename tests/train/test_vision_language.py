@@ -30,6 +30,7 @@ from nora_diffusion.data.image_batches import Records, collate, encode
 from nora_diffusion.data.image_instructions import read_records
 from nora_diffusion.data.instructions import UNTRAINED
 from nora_diffusion.evaluation.picture_answers import answers, matches
+from nora_diffusion.families.base import resolve_device
 from nora_diffusion.run_config import load_config
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.vision_language import find_targets, run, train_adapter
@@ -301,3 +302,12 @@ def test_generation_goes_on_where_the_answer_stands(file):
 def test_a_base_that_is_no_such_model_is_named(file, tmp_path):
     with pytest.raises(UserError, match="model.base"):
         run(settings(file, tmp_path / "out", f"model.base={tmp_path}"))
+
+
+def test_the_device_is_the_one_asked_for_or_cuda_or_the_cpu(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto", mps=False).type == "cpu"
+    assert resolve_device("auto").type == "mps"
+    with pytest.raises(UserError, match='model.device = "cuda": this machine'):
+        run(settings(file, tmp_path / "out", "model.device=cuda"))
