@@ -7,8 +7,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 from nora_diffusion.train.steps import resolve_steps
 from nora_diffusion.train.trackers import open_trackers
-from nora_diffusion.train.write_errors import explain, explained
+from nora_diffusion.train.write_errors import explained, failures_reported
 
 
 def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
@@ -84,7 +83,7 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         silent=not processes.first,
     )
     how_to_go_on = partial(resuming.how_to_go_on, folder, processes)
-    with report, _failures_reported(report), processes.losses_named(how_to_go_on):
+    with report, failures_reported(report), processes.losses_named(how_to_go_on):
         if told is not None:
             report.say(told)
         _check_memory(cfg, found, report, processes)
@@ -256,19 +255,3 @@ def _open_folder(cfg: DreamboothConfig, folder: Path, resume: bool) -> None:
     remove_temporaries(folder)
     if not resume or not (folder / RUN_CONFIG).is_file():
         save_config(cfg, folder)
-
-
-@contextmanager
-def _failures_reported(report: Report) -> Iterator[None]:
-    try:
-        yield
-    except common.TrainingInterrupted:  # has been reported, with its step
-        raise
-    except KeyboardInterrupt:
-        report.event("stopped", message="stopped outside the training steps")
-        raise
-    except Exception as error:
-        told = explain(error, report.run) or error
-        with suppress(OSError):  # the disk may be what has failed
-            report.event("error", message=str(told) or type(told).__name__)
-        raise

@@ -10,8 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +54,7 @@ from nora_diffusion.train.common import (
 )
 from nora_diffusion.train.processes import ALONE, Processes, join
 from nora_diffusion.train.report import Report
-from nora_diffusion.train.write_errors import explained
+from nora_diffusion.train.write_errors import explained, failures_reported
 
 FIT_BATCHES = 32
 """Batches of training data from which a data-driven basis is fitted."""
@@ -91,7 +90,7 @@ def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
             folder, total_steps=cfg.train.steps, log_every=cfg.train.log_every,
             silent=not processes.first,
         )  # fmt: skip
-        with report, _failures_reported(report):
+        with report, failures_reported(report, cfg.command):
             _run(cfg, folder, resume, report, processes)
     return folder
 
@@ -450,18 +449,3 @@ def _stop(cfg: LanguageConfig, folder: Path, report: Report, signal: str, step: 
     told = f"stopped by {signal} after step {step}; {how_to_resume(cfg, str(folder))}"
     report.event("stopped", step, message=told)
     raise TrainingInterrupted(told)
-
-
-@contextmanager
-def _failures_reported(report: Report) -> Iterator[None]:
-    try:
-        yield
-    except TrainingInterrupted:  # has been reported, with its step
-        raise
-    except KeyboardInterrupt:
-        report.event("stopped", message="stopped outside the training steps")
-        raise
-    except Exception as error:
-        with suppress(OSError):  # the disk may be what has failed
-            report.event("error", message=str(error) or type(error).__name__)
-        raise
