@@ -69,6 +69,7 @@ MAY_IMPORT = {
         "data",
         "evaluation",
         "train",
+        "language_config",
         "vision_language_config",
     },
     "train.language": BASE

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
@@ -29,6 +28,7 @@ from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
+from nora_diffusion.train.common import nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 RESULTS, ADAPTERS = "results.json", "adapters"
@@ -109,16 +109,7 @@ def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:
     targets = base.targets(adapter.towers)
     if not targets:
         raise UserError(f"adapter.towers = {list(adapter.towers)}: no attention projections there")
-    nora = NoraConfig(
-        r=adapter.r,
-        inner_r=adapter.inner_r,
-        scaling=adapter.scaling,
-        dropout=adapter.dropout,
-        init=adapter.init,
-        basis=adapter.basis,
-        seed=adapter.seed,
-        target_modules=targets,
-    )
+    nora = nora_config(adapter, targets)
     few = config.few_shot
     loras = [
         Method(

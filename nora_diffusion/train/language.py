@@ -22,7 +22,7 @@ from peft.utils.other import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from nora_diffusion.adapter import NoraConfig, fit_basis
+from nora_diffusion.adapter import fit_basis
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import PEFT_CONFIG, export_lora
@@ -51,6 +51,7 @@ from nora_diffusion.train.common import (
     StopSignal,
     TrainingDiverged,
     TrainingInterrupted,
+    nora_config,
 )
 from nora_diffusion.train.processes import ALONE, Processes, join
 from nora_diffusion.train.report import Report
@@ -177,17 +178,7 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-    return NoraConfig(
-        r=cfg.r,
-        inner_r=cfg.inner_r,
-        scaling=cfg.scaling,
-        dropout=cfg.dropout,
-        init=cfg.init,
-        basis=cfg.basis,
-        seed=cfg.seed,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    return nora_config(cfg, targets, task_type="CAUSAL_LM")
 
 
 def add_adapter(

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nora_diffusion.adapter import NoraConfig, attention_projections
+from nora_diffusion.adapter import attention_projections
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
 from nora_diffusion.data.image_batches import Records, collate, pad_id_of
@@ -32,6 +32,7 @@ from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, EVENTS
 from nora_diffusion.settings import UserError
+from nora_diffusion.train.common import nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 RESULTS, ADAPTER, LORA = "results.json", "adapter.safetensors", "lora"
@@ -168,18 +169,8 @@ def train_adapter(
         result["before"] = ask(model, processor, test)
         print(f"before: {result['before']['accuracy']:.1%} right", flush=True)
         _write(path, result)
-    adapter = config.adapter
-    nora = NoraConfig(
-        r=adapter.r,
-        inner_r=adapter.inner_r,
-        scaling=adapter.scaling,
-        dropout=adapter.dropout,
-        init=adapter.init,
-        basis=adapter.basis,
-        seed=adapter.seed,
-        target_modules=find_targets(model, adapter.towers),
-    )
-    adapted = get_peft_model(model, nora)
+    targets = find_targets(model, config.adapter.towers)
+    adapted = get_peft_model(model, nora_config(config.adapter, targets))
     trainer = Trainer(
         model=adapted,
         args=_arguments(config, folder),
