@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sections": {"schema"},
     "run_config": {"disk", "presets", "schema", "settings"},
     "run_folder": {"disk", "events", "run_config", "settings"},
-    "run_command": BASE,
+    "run_command": BASE | {"train.processes"},
     "language_config": {"schema", "sections"},
     "language_model": BASE | {"adapter", "families", "language_config"},
     "language_command": BASE
