@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
-from nora_diffusion.disk import remove_temporaries
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, save_config
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
-from nora_diffusion.run_folder import check_free
-from nora_diffusion.settings import quote
+from nora_diffusion.run_folder import open_folder
 from nora_diffusion.train import adapters, common, resuming
 from nora_diffusion.train.checkpoint import newest_path
 from nora_diffusion.train.inputs import Batch
@@ -70,7 +68,9 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         found = read_subjects(cfg)
         resolve_device(cfg.model.device)
         locate(cfg.model.base)
-        _open_folder(resolved, folder, resume)
+        open_folder(folder, resume)
+        if not resume or not (folder / RUN_CONFIG).is_file():
+            save_config(resolved, folder)
         return resolved, told, found
 
     cfg, told, found = processes.from_first(begin)
@@ -240,18 +240,3 @@ def _check_memory(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _open_folder(cfg: DreamboothConfig, folder: Path, resume: bool) -> None:
-    if not resume:
-        check_free(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
-            "--output.dir"
-        ) from None
-    remove_temporaries(folder)
-    if not resume or not (folder / RUN_CONFIG).is_file():
-        save_config(cfg, folder)
