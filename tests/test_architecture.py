@@ -72,6 +72,10 @@ MAY_IMPORT = {
         "language_config",
         "vision_language_config",
     },
+    "train.trainer": BASE | {"language_config", "vision_language_config", "run_command", "train"},
+    "train.vision_language": BASE
+    | {"adapter", "data", "evaluation", "families", "vision_language_config", "run_command"}
+    | {"train"},
     "train.language": BASE
     | {"adapter", "data", "evaluation", "families", "language_config", "language_model"}
     | {"run_command", "train"},
