@@ -40,7 +40,8 @@ from nora_diffusion.evaluation.multiple_choice import evaluate
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.language_config import Train
 from nora_diffusion.language_model import load_model, load_tokenizer, takes_logits_to_keep
-from nora_diffusion.train.language import add_adapter, fit, make_trainer, training_arguments
+from nora_diffusion.train.language import add_adapter, fit, training_arguments
+from nora_diffusion.train.trainer import make_trainer
 
 DATA = ROOT.parent / "shared" / "data" / "reasoning"
 SETS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")

@@ -7,12 +7,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from nora_diffusion import commands
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS, find_preset
-from nora_diffusion.run_command import how_to_resume, read_command_line
+from nora_diffusion.run_command import read_command_line, settle_and_run
 from nora_diffusion.schema import get_key
 from nora_diffusion.settings import quote, to_toml
 
@@ -91,28 +92,12 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _dreambooth(argv: Sequence[str]) -> int:
-    settled = _settle_for_all(argv) if "LOCAL_RANK" in os.environ else _settle(argv)
-    if settled is None:  # it was a dry run
-        return 0
-    config, resume = settled
+    def run(config: DreamboothConfig, resume: bool) -> None:
+        from nora_diffusion.train import dreambooth
 
-    from nora_diffusion.train import dreambooth
-
-    try:
         dreambooth.run(config, resume=resume)
-    except KeyboardInterrupt as stop:
-        cure = how_to_resume(config, config.output.dir)
-        raise KeyboardInterrupt(str(stop) or f"stopped; {cure}") from None
-    return 0
 
-
-def _settle_for_all(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None:
-    """Under a launcher: the first process reads the command line, the others are handed it."""
-    from nora_diffusion.train.processes import join
-
-    processes = join()
-    with processes.together(lambda: "no run had been started"):
-        return processes.from_first(lambda: _settle(argv))
+    return settle_and_run(partial(_settle, argv), run)
 
 
 def _settle(argv: Sequence[str]) -> tuple[DreamboothConfig, bool] | None:

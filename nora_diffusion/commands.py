@@ -14,7 +14,7 @@ from nora_diffusion import __version__
 from nora_diffusion.bench import command as bench
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS
-from nora_diffusion.run_command import how_to_resume, read_command_line
+from nora_diffusion.run_command import read_command_line, settle_and_run
 from nora_diffusion.schema import list_keys
 from nora_diffusion.settings import part_overrides, to_toml
 from nora_diffusion.vision_language_config import VisionLanguageConfig
@@ -231,22 +231,22 @@ def _llm_eval(args: argparse.Namespace) -> int:
 
 
 def _vlm(argv: Sequence[str]) -> int:
-    about = "Adapt CLIP to new classes, or a vision-language model to image instructions."
-    given = read_command_line(VisionLanguageConfig, argv, about)
-    config = given.config
-    if given.dry_run:
-        print(to_toml(config))
-        return 0
-    if config.model.task == "few_shot":
-        from nora_diffusion.train.clip_fewshot import run
-    else:
-        from nora_diffusion.train.vision_language import run
-    try:
-        run(config, resume=given.resume)
-    except KeyboardInterrupt:
-        cure = how_to_resume(config, config.output.dir)
-        raise KeyboardInterrupt(f"stopped; {cure}") from None
-    return 0
+    def settle() -> tuple[VisionLanguageConfig, bool] | None:
+        about = "Adapt CLIP to new classes, or a vision-language model to image instructions."
+        given = read_command_line(VisionLanguageConfig, argv, about)
+        if given.dry_run:
+            print(to_toml(given.config))
+            return None
+        return given.config, given.resume
+
+    def run(config: VisionLanguageConfig, resume: bool) -> None:
+        if config.model.task == "few_shot":
+            from nora_diffusion.train import clip_fewshot as recipe
+        else:
+            from nora_diffusion.train import vision_language as recipe
+        recipe.run(config, resume=resume)
+
+    return settle_and_run(settle, run)
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -2,32 +2,26 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from nora_diffusion.language_config import LanguageConfig
-from nora_diffusion.run_command import how_to_resume, read_command_line
+from nora_diffusion.run_command import read_command_line, settle_and_run
 from nora_diffusion.run_config import RUN_CONFIG, load_run
 from nora_diffusion.settings import to_toml
 
 
 def train(argv: Sequence[str]) -> int:
     """``nora llm CONFIG [--section.key value ...] [--dry-run] [--resume DIR]``."""
-    settled = _settle_for_all(argv) if "LOCAL_RANK" in os.environ else _settle(argv)
-    if settled is None:  # it was a dry run
-        return 0
-    config, resume = settled
 
-    from nora_diffusion.train import language
+    def run(config: LanguageConfig, resume: bool) -> None:
+        from nora_diffusion.train import language
 
-    try:
         language.run(config, resume=resume)
-    except KeyboardInterrupt as stop:
-        cure = how_to_resume(config, config.output.dir)
-        raise KeyboardInterrupt(str(stop) or f"stopped; {cure}") from None
-    return 0
+
+    return settle_and_run(partial(_settle, argv), run)
 
 
 def score(args: argparse.Namespace) -> int:
@@ -63,15 +57,6 @@ def score(args: argparse.Namespace) -> int:
     else:
         print(table([(folder.name[-10:], scores)]))
     return 0
-
-
-def _settle_for_all(argv: Sequence[str]) -> tuple[LanguageConfig, bool] | None:
-    """Under a launcher: the first process reads the command line, the others are handed it."""
-    from nora_diffusion.train.processes import join
-
-    processes = join()
-    with processes.together(lambda: "no run had been started"):
-        return processes.from_first(lambda: _settle(argv))
 
 
 def _settle(argv: Sequence[str]) -> tuple[LanguageConfig, bool] | None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from nora_diffusion.adapter.files import load_adapter
+from nora_diffusion.families.base import resolve_dtype
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.settings import UserError, quote
@@ -121,14 +122,6 @@ def load_run_model(folder: Path, config: LanguageConfig, device: torch.device) -
         return PeftModel.from_pretrained(model, str(lora)).eval()
     load_adapter(model, native)
     return model.eval()
-
-
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The number format that a setting means on a device."""
-    if dtype == "auto":
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if capable else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:

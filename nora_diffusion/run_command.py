@@ -1,12 +1,13 @@
-"""The command line of a training command: CONFIG, overrides, ``--dry-run`` and ``--resume``.
+"""A training command: CONFIG, overrides, ``--dry-run``, ``--resume``; and what a stop tells.
 
 For the schema of any command; what a dry run prints is the command's own.
 """
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -73,6 +74,41 @@ def how_to_resume(config: RunConfig, folder: str) -> str:
     if any(not is_temporary(found) for found in (path / CHECKPOINTS).glob("*-*")):
         return f"continue from its newest checkpoint with: {command}"
     return f"no checkpoint had been saved; start again with: {command}"
+
+
+def settle_and_run(
+    settle: Callable[[], tuple[Config, bool] | None], run: Callable[[Config, bool], object]
+) -> int:
+    """Carry out a training command; returns its exit code.
+
+    Args:
+        settle: reads the command line: the settings, and whether they continue a run; None after
+            a dry run. Under a launcher the first process alone does, and hands the others the rest.
+        run: trains, given both.
+
+    Raises:
+        KeyboardInterrupt: saying how to go on.
+    """
+    settled = _settle_for_all(settle) if "LOCAL_RANK" in os.environ else settle()
+    if settled is None:
+        return 0
+    config, resume = settled
+    try:
+        run(config, resume)
+    except KeyboardInterrupt as stop:
+        cure = how_to_resume(config, get_key(config, "output.dir"))
+        raise KeyboardInterrupt(str(stop) or f"stopped; {cure}") from None
+    return 0
+
+
+def _settle_for_all(
+    settle: Callable[[], tuple[Config, bool] | None],
+) -> tuple[Config, bool] | None:
+    from nora_diffusion.train.processes import join
+
+    processes = join()
+    with processes.together(lambda: "no run had been started"):
+        return processes.from_first(settle)
 
 
 def _parser(

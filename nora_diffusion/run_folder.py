@@ -1,9 +1,9 @@
-"""Whether a folder can take a new run."""
+"""Whether a folder can take a run, and making it."""
 
 import shlex
 from pathlib import Path
 
-from nora_diffusion.disk import is_temporary
+from nora_diffusion.disk import is_temporary, remove_temporaries
 from nora_diffusion.events import read_events
 from nora_diffusion.run_config import RUN_CONFIG
 from nora_diffusion.settings import UserError, quote
@@ -49,6 +49,32 @@ def check_free(
     )
 
 
+def open_folder(folder: Path, resume: bool, command: str = "nora-dreambooth") -> None:
+    """Make the folder of a new run, or tidy that of one that goes on.
+
+    Args:
+        folder: of the run.
+        resume: whether it goes on.
+        command: what continues a run that is there.
+
+    Raises:
+        UserError: when the folder cannot take a new run, or cannot be made.
+    """
+    if not resume:
+        check_free(folder, command=command)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
+            "--output.dir"
+        ) from None
+    remove_temporaries(folder)
+
+
 def _failed_at_the_start(folder: Path) -> bool:
+    checkpoints = folder / CHECKPOINTS
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        return False
     events = read_events(folder / EVENTS)
-    return not (folder / CHECKPOINTS).exists() and bool(events) and events[-1]["event"] == "error"
+    return bool(events) and events[-1]["event"] == "error"

@@ -152,9 +152,17 @@ class Train(Section):
         unit="steps", ge=1,
     )  # fmt: skip
     batch_size: int = setting(32, "Pictures a step.", unit="images", ge=1)
+    gradient_accumulation_steps: int = setting(
+        1, "instructions: forward passes added up for one optimiser step.", ge=1
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting(
+        "cosine",
+        "instructions: course of the learning rate after the warm-up; cosine and linear end at 0. "
+        "few_shot takes a cosine.",
+    )
     lr_warmup_steps: int = setting(
-        20, "Steps in which the learning rate rises; then it falls as a cosine.", unit="steps", ge=0
+        20, "Steps in which the learning rate rises.", unit="steps", ge=0
     )
     max_grad_norm: float = setting(1.0, "Gradients above this norm are scaled down to it.", gt=0)
     seed: Seed = setting(0, "instructions: seed of the order of the records.")
@@ -165,6 +173,12 @@ class Train(Section):
         100, "instructions: save a resumable checkpoint every N steps.", unit="steps",
         resume=True, ge=1,
     )  # fmt: skip
+    checkpoints_keep: int = setting(
+        2, "instructions: newest checkpoints to keep.", resume=True, ge=1
+    )
+    log_every: int = setting(
+        5, "instructions: write loss and rate every N steps.", unit="steps", resume=True, ge=1
+    )
 
 
 class Output(Section):

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "sections": {"schema"},
     "run_config": {"disk", "presets", "schema", "settings"},
     "run_folder": {"disk", "events", "run_config", "settings"},
-    "run_command": BASE,
+    "run_command": BASE | {"train.processes"},
     "language_config": {"schema", "sections"},
     "language_model": BASE | {"adapter", "families", "language_config"},
     "language_command": BASE
@@ -70,8 +70,13 @@ MAY_IMPORT = {
         "data",
         "evaluation",
         "train",
+        "language_config",
         "vision_language_config",
     },
+    "train.trainer": BASE | {"language_config", "vision_language_config", "run_command", "train"},
+    "train.vision_language": BASE
+    | {"adapter", "data", "evaluation", "families", "vision_language_config", "run_command"}
+    | {"train"},
     "train.language": BASE
     | {"adapter", "data", "evaluation", "families", "language_config", "language_model"}
     | {"run_command", "train"},

@@ -246,8 +246,12 @@ class Family(Protocol):
         ...
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, *, mps: bool = True) -> torch.device:
     """The device for "auto" (CUDA, then MPS, then CPU) or a given name.
+
+    Args:
+        name: as in ``model.device``.
+        mps: False where "auto" shall not be MPS.
 
     Raises:
         UserError: when the machine lacks the device.
@@ -255,7 +259,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if mps and torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(

@@ -17,7 +17,7 @@ from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.denoiser_hooks import attach_timestep_rank, has_timestep_law, load_adapter
 from nora_diffusion.families.base import Family
 from nora_diffusion.sampling import adapter_path
-from nora_diffusion.train.common import derive_seed
+from nora_diffusion.train.common import derive_seed, nora_config
 from nora_diffusion.train.inputs import Inputs
 
 NAME = "default"
@@ -95,17 +95,7 @@ def adapter_config(cfg: DreamboothConfig, family: Family, *, denoiser: bool) -> 
     else:  # a text encoder sees no timestep, and its data are a few prompts: too few to fit to
         targets, r, inner_r, law = list(family.text_targets), text.r, text.inner_r, None
         basis = "weight" if adapter.basis in DATA_BASES else adapter.basis
-    return NoraConfig(
-        r=r,
-        inner_r=inner_r,
-        scaling=adapter.scaling,
-        dropout=adapter.dropout,
-        init=adapter.init,
-        basis=basis,
-        seed=adapter.seed,
-        timestep_rank=law,
-        target_modules=targets,
-    )
+    return nora_config(adapter, targets, r=r, inner_r=inner_r, basis=basis, timestep_rank=law)
 
 
 def trained_parameters(models: dict[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -19,15 +19,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
+from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
+from nora_diffusion.train.common import nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 RESULTS, ADAPTERS = "results.json", "adapters"
@@ -94,11 +95,8 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
 
 
 def _base(config: VisionLanguageConfig) -> ClipBase:
-    cuda = torch.cuda.is_available()
-    name = config.model.device if config.model.device != "auto" else ("cuda" if cuda else "cpu")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes["auto"] = torch.bfloat16 if name == "cuda" else torch.float32
-    return load_clip_base(config.model.base, dtypes[config.model.dtype], torch.device(name))
+    device = resolve_device(config.model.device, mps=False)
+    return load_clip_base(config.model.base, resolve_dtype(config.model.dtype, device), device)
 
 
 def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:
@@ -111,16 +109,7 @@ def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:
     targets = base.targets(adapter.towers)
     if not targets:
         raise UserError(f"adapter.towers = {list(adapter.towers)}: no attention projections there")
-    nora = NoraConfig(
-        r=adapter.r,
-        inner_r=adapter.inner_r,
-        scaling=adapter.scaling,
-        dropout=adapter.dropout,
-        init=adapter.init,
-        basis=adapter.basis,
-        seed=adapter.seed,
-        target_modules=targets,
-    )
+    nora = nora_config(adapter, targets)
     few = config.few_shot
     loras = [
         Method(

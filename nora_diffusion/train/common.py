@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nora_diffusion.config import Train, UserError
+from nora_diffusion import language_config, vision_language_config
+from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.config import Adapter, Train, UserError
 from nora_diffusion.families.objective import LossOptions
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -50,6 +52,23 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         absmax = getattr(getattr(parameter, "quant_state", None), "absmax", None)
         if absmax is not None:  # of bitsandbytes
             yield f"{name}.absmax", absmax
+
+
+def nora_config(
+    cfg: Adapter | language_config.Adapter | vision_language_config.Adapter,
+    target_modules: str | list[str],
+    **others: Any,
+) -> NoraConfig:
+    """What a config's section [adapter] says of NoRA, as PEFT reads it.
+
+    Args:
+        cfg: the section.
+        target_modules: the modules it means in the model at hand.
+        others: further fields, and those that differ from the section.
+    """
+    names = ("r", "inner_r", "scaling", "dropout", "init", "basis", "seed")
+    fields = {name: getattr(cfg, name) for name in names} | others
+    return NoraConfig(target_modules=target_modules, **fields)
 
 
 def loss_options(cfg: Train, part: tuple[int, int] = (0, 1)) -> LossOptions:

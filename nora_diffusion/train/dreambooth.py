@@ -7,8 +7,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 
 from nora_diffusion.adapter.switch import switched_off
-from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, save_config
-from nora_diffusion.disk import remove_temporaries
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, save_config
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import resolve_device
-from nora_diffusion.run_folder import check_free
-from nora_diffusion.settings import quote
+from nora_diffusion.run_folder import open_folder
 from nora_diffusion.train import common, resuming
 from nora_diffusion.train.checkpoint import newest_path
 from nora_diffusion.train.inputs import Batch
@@ -36,7 +33,7 @@ from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 from nora_diffusion.train.steps import resolve_steps
 from nora_diffusion.train.trackers import open_trackers
-from nora_diffusion.train.write_errors import explain, explained
+from nora_diffusion.train.write_errors import explained, failures_reported
 
 
 def run(cfg: DreamboothConfig, *, resume: bool = False) -> Path:
@@ -72,7 +69,9 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         found = read_subjects(cfg)
         resolve_device(cfg.model.device)
         locate(cfg.model.base)
-        _open_folder(resolved, folder, resume)
+        open_folder(folder, resume)
+        if not resume or not (folder / RUN_CONFIG).is_file():
+            save_config(resolved, folder)
         return resolved, told, found
 
     cfg, told, found = processes.from_first(begin)
@@ -85,7 +84,7 @@ def _run(cfg: DreamboothConfig, folder: Path, resume: bool, processes: Processes
         silent=not processes.first,
     )
     how_to_go_on = partial(resuming.how_to_go_on, folder, processes)
-    with report, _failures_reported(report), processes.losses_named(how_to_go_on):
+    with report, failures_reported(report), processes.losses_named(how_to_go_on):
         if told is not None:
             report.say(told)
         _check_memory(cfg, found, report, processes)
@@ -242,34 +241,3 @@ def _check_memory(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _open_folder(cfg: DreamboothConfig, folder: Path, resume: bool) -> None:
-    if not resume:
-        check_free(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
-            "--output.dir"
-        ) from None
-    remove_temporaries(folder)
-    if not resume or not (folder / RUN_CONFIG).is_file():
-        save_config(cfg, folder)
-
-
-@contextmanager
-def _failures_reported(report: Report) -> Iterator[None]:
-    try:
-        yield
-    except common.TrainingInterrupted:  # has been reported, with its step
-        raise
-    except KeyboardInterrupt:
-        report.event("stopped", message="stopped outside the training steps")
-        raise
-    except Exception as error:
-        told = explain(error, report.run) or error
-        with suppress(OSError):  # the disk may be what has failed
-            report.event("error", message=str(told) or type(told).__name__)
-        raise

@@ -1,17 +1,14 @@
 """The recipe for language models: from instruction files to an adapter.
 
-Read from top to bottom: base, examples, adapter, score, train, save, score again. The loop is
-transformers' ``Trainer``.
+Read from top to bottom: base, examples, adapter, score, train (``trainer.py``), save, score again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,16 +18,16 @@ from accelerate.utils import send_to_device
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from nora_diffusion.adapter import NoraConfig, fit_basis
+from nora_diffusion.adapter import fit_basis
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import PEFT_CONFIG, export_lora
 from nora_diffusion.adapter.targets import ATTENTION, attention_projections
 from nora_diffusion.data.instructions import Encoded, Example, encode_files
 from nora_diffusion.data.packing import Collator, pack
-from nora_diffusion.disk import remove_temporaries, write_atomically
+from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.multiple_choice import Scores, evaluate, read_questions, table
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.language_config import Adapter, LanguageConfig, Train
@@ -45,24 +42,24 @@ from nora_diffusion.language_model import (
 )
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
-from nora_diffusion.run_folder import CHECKPOINTS, check_free
+from nora_diffusion.run_folder import CHECKPOINTS, open_folder
 from nora_diffusion.settings import UserError, quote
-from nora_diffusion.train.common import (
-    DivergenceGuard,
-    StopSignal,
-    TrainingDiverged,
-    TrainingInterrupted,
-)
-from nora_diffusion.train.processes import ALONE, Processes, join
+from nora_diffusion.train.common import nora_config
+from nora_diffusion.train.processes import Processes, join
 from nora_diffusion.train.report import Report
-from nora_diffusion.train.write_errors import explained
+from nora_diffusion.train.trainer import (
+    make_trainer,
+    newest_checkpoint,
+    run_loop,
+    shared_arguments,
+)
+from nora_diffusion.train.write_errors import explained, failures_reported
 
 FIT_BATCHES = 32
 """Batches of training data from which a data-driven basis is fitted."""
 
 SCORES = "scores.json"
 ORIGIN = "origin.json"
-_STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
 
 
 def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
@@ -91,7 +88,7 @@ def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
             folder, total_steps=cfg.train.steps, log_every=cfg.train.log_every,
             silent=not processes.first,
         )  # fmt: skip
-        with report, _failures_reported(report):
+        with report, failures_reported(report, cfg.command):
             _run(cfg, folder, resume, report, processes)
     return folder
 
@@ -138,15 +135,8 @@ def _run(
         fit(model, config, rows, collator, cfg.train)
     report.say(_sizes(model, rows, device))
     arguments = training_arguments(cfg.train, folder / CHECKPOINTS, device)
-    with StopSignal(patient=processes.count > 1) as stop:
-        follow = Follow(report, stop, processes)
-        trainer = make_trainer(model, rows, collator, arguments, [follow])
-        resumed = "" if checkpoint is None else f", resumed from {checkpoint.name}"
-        report.event("start", message=f"{cfg.train.steps} steps{resumed}")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    report.end_loop()
-    if follow.stopped_by is not None:
-        _stop(cfg, folder, report, follow.stopped_by, trainer.state.global_step)
+    trainer = make_trainer(model, rows, collator, arguments)
+    run_loop(trainer, cfg, report, checkpoint=checkpoint, processes=processes)
     if processes.first:
         save(cfg, model, folder)
     after = _score(cfg, model, tokenizer, processes)
@@ -178,17 +168,7 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
-    return NoraConfig(
-        r=cfg.r,
-        inner_r=cfg.inner_r,
-        scaling=cfg.scaling,
-        dropout=cfg.dropout,
-        init=cfg.init,
-        basis=cfg.basis,
-        seed=cfg.seed,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    return nora_config(cfg, targets, task_type="CAUSAL_LM")
 
 
 def add_adapter(
@@ -244,105 +224,8 @@ def fit(
 
 def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:
     """The config's section [train] as transformers names it."""
-    # Named only where it is asked for: releases of transformers differ in how they call it.
-    checkpointing: dict[str, Any] = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    return TrainingArguments(
-        **(checkpointing if cfg.gradient_checkpointing else {}),
-        output_dir=str(folder),
-        use_cpu=device.type == "cpu",
-        max_steps=cfg.steps,
-        per_device_train_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        learning_rate=cfg.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            cfg.lr_schedule, cfg.lr_schedule
-        ),
-        warmup_steps=cfg.lr_warmup_steps,
-        weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.max_grad_norm,
-        seed=cfg.seed,
-        save_steps=cfg.checkpoint_every,
-        save_total_limit=cfg.checkpoints_keep,
-        logging_steps=1,  # Report sums up
-        logging_nan_inf_filter=False,  # Follow stops the run instead
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,  # rows are no records of columns
-        # All that is trained takes part in every step, and the frozen factors never change.
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        # pinning memory asks for a GPU
-        dataloader_pin_memory=device.type == "cuda",
-    )
-
-
-def make_trainer(
-    model: nn.Module,
-    rows: Sequence[Sequence[Example]],
-    collator: Collator,
-    arguments: TrainingArguments,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Trainer:
-    """Transformers' ``Trainer``, which says nothing by itself."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=cast(Any, rows),
-        data_collator=cast(Any, collator),
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-class Follow(TrainerCallback):
-    """Reports steps, stops on a signal or when the loss is not finite."""
-
-    def __init__(
-        self,
-        report: Report,
-        stop: StopSignal,
-        processes: Processes = ALONE,
-    ) -> None:
-        """Follow a training with these channels."""
-        self.report = report
-        self.stop = stop
-        self.processes = processes
-        self.guard = DivergenceGuard()
-        self.stopped_by: str | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show the bar."""
-        self.report.start_loop(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Save and stop, all processes after the same step, where one was sent a signal."""
-        self.stopped_by = self.processes.agree(0.0, self.stop.name)[1]
-        if self.stopped_by is not None:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Take in a finished step, before a checkpoint of it is saved."""
-        if "loss" not in logs:  # the summary at the end
-            return
-        problem = self.guard.check(logs["loss"], logs.get("grad_norm"))
-        if problem is not None:
-            raise TrainingDiverged(
-                f"stopped at step {state.global_step}: {problem}. Start a new run with a lower "
-                f"train.learning_rate (now {args.learning_rate:g})"
-            )
-        self.report.step(state.global_step, logs["loss"], logs["learning_rate"])
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say that a checkpoint is there."""
-        path = f"{CHECKPOINTS}/checkpoint-{state.global_step}"
-        self.report.event("checkpoint", state.global_step, message=path)
-        self.report.pause()
+    keywords = shared_arguments(cfg, folder, device)
+    return TrainingArguments(**keywords, learning_rate=cfg.learning_rate)
 
 
 def save(cfg: LanguageConfig, model: PeftModel, folder: Path) -> None:
@@ -368,38 +251,13 @@ def save(cfg: LanguageConfig, model: PeftModel, folder: Path) -> None:
     write_atomically(file, json.dumps(described, indent=2, sort_keys=True).encode())
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    found = [
-        (int(match[1]), path)
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / _STATE).read_bytes())
-            return path
-        except (OSError, ValueError):
-            warnings.warn(f"{path} was not written to its end and is passed over", stacklevel=2)
-    return None
-
-
 def _begin(cfg: LanguageConfig, folder: Path, resume: bool) -> None:
     """Check what can be checked before there is a folder, then make it."""
     resolve_device(cfg.model.device)
     locate(cfg.model.base)
     for file in cfg.eval.files:
         read_questions(file, cfg.eval.limit)
-    if not resume:
-        check_free(folder, command=cfg.command)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output.dir = {quote(str(folder))}: cannot be made ({error.strerror}); give another "
-            "--output.dir"
-        ) from None
-    remove_temporaries(folder)
+    open_folder(folder, resume, cfg.command)
     save_config(cfg, folder)
 
 
@@ -444,24 +302,3 @@ def _write_scores(folder: Path, before: Sequence[Scores], after: Sequence[Scores
     ]  # fmt: skip
     write_atomically(folder / SCORES, json.dumps(rows, indent=2).encode())
     return table([("before", before), ("after", after)])
-
-
-def _stop(cfg: LanguageConfig, folder: Path, report: Report, signal: str, step: int) -> None:
-    told = f"stopped by {signal} after step {step}; {how_to_resume(cfg, str(folder))}"
-    report.event("stopped", step, message=told)
-    raise TrainingInterrupted(told)
-
-
-@contextmanager
-def _failures_reported(report: Report) -> Iterator[None]:
-    try:
-        yield
-    except TrainingInterrupted:  # has been reported, with its step
-        raise
-    except KeyboardInterrupt:
-        report.event("stopped", message="stopped outside the training steps")
-        raise
-    except Exception as error:
-        with suppress(OSError):  # the disk may be what has failed
-            report.event("error", message=str(error) or type(error).__name__)
-        raise

@@ -1,37 +1,42 @@
 """NoRA on a vision-language model, for image instructions: ``nora vlm``, task instructions.
 
-The trainer is transformers' own; here are the data, the adapter and the evaluation. Any
+The loop is in ``trainer.py``; here are the data, the adapter and the evaluation. Any
 `AutoModelForImageTextToText` will do whose processor has a chat template.
 """
 
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
-from nora_diffusion.adapter import NoraConfig, attention_projections
+from nora_diffusion.adapter import attention_projections
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
 from nora_diffusion.data.image_batches import Records, collate, pad_id_of
 from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.picture_answers import ask
-from nora_diffusion.events import EventLog
+from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
-from nora_diffusion.run_folder import CHECKPOINTS, EVENTS
+from nora_diffusion.run_folder import CHECKPOINTS, open_folder
 from nora_diffusion.settings import UserError
+from nora_diffusion.train.common import nora_config
+from nora_diffusion.train.processes import ALONE, Processes, join
+from nora_diffusion.train.report import Report
+from nora_diffusion.train.trainer import (
+    make_trainer,
+    newest_checkpoint,
+    run_loop,
+    shared_arguments,
+)
+from nora_diffusion.train.write_errors import explained, failures_reported
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 RESULTS, ADAPTER, LORA = "results.json", "adapter.safetensors", "lora"
@@ -50,33 +55,40 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
         The path of the results.
 
     Raises:
-        UserError: data or base model cannot be used.
+        UserError: data, base model or run folder cannot be used.
+        TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
+        TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+        ProcessLost: when another process of the run has gone.
     """
-    model, processor = load_vlm(config)
-    data = config.data
-    train = read_records(str(data.train), data.images)
-    test = read_records(data.test, data.images) if data.test is not None else []
-    folder = Path(config.output.dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        save_config(config, folder)
-    return train_adapter(config, model, processor, train, test, folder)
+    processes = join()
+    data, folder = config.data, Path(config.output.dir).expanduser()
+    how_to_go_on = partial(how_to_resume, config, str(folder))
+    with explained(folder, config.command), processes.together(how_to_go_on):
+        train = read_records(str(data.train), data.images)
+        test = read_records(data.test, data.images) if data.test is not None else []
+        model, processor = load_vlm(config)
+        processes.from_first(lambda: _begin(config, folder, resume))
+        report = Report(
+            folder, total_steps=config.train.steps, log_every=config.train.log_every,
+            silent=not processes.first,
+        )  # fmt: skip
+        with report, failures_reported(report, config.command):
+            return train_adapter(config, model, processor, train, test, report, processes)
 
 
 def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
     """Returns the frozen model and its processor.
 
     Raises:
-        UserError: it cannot be loaded, or has no chat template.
+        UserError: it cannot be loaded, has no chat template, or there is no such device.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    base, wanted = config.model.base, config.model.device
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtypes["auto"] = torch.bfloat16 if cuda else torch.float32
+    base = config.model.base
+    device = resolve_device(config.model.device, mps=False)
+    dtype = resolve_dtype(config.model.dtype, device)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtypes[config.model.dtype])
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
         processor = AutoProcessor.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -85,8 +97,7 @@ def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
         ) from None
     if not getattr(processor, "chat_template", None):
         raise UserError(f'model.base = "{base}": its processor has no chat template')
-    model.requires_grad_(False)
-    return (model.to("cuda") if cuda else model), processor  # pyright: ignore[reportArgumentType]
+    return model.requires_grad_(False).to(device), processor  # pyright: ignore[reportArgumentType]
 
 
 def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
@@ -105,46 +116,16 @@ def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
     return names
 
 
-class _Told(TrainerCallback):
-    """Writes the trainer's log and checkpoints to ``events.jsonl``."""
-
-    def __init__(self, events: EventLog):
-        self.events = events
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes loss and learning rate."""
-        if logs and "loss" in logs:
-            self.events.write(
-                "step", state.global_step, loss=logs["loss"], lr=logs["learning_rate"]
-            )
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Writes that a checkpoint is there."""
-        self.events.write("checkpoint", state.global_step)
-
-
 def train_adapter(
     config: VisionLanguageConfig,
     model: Any,
     processor: Any,
     train: Sequence[Record],
     test: Sequence[Record],
-    folder: Path,
+    report: Report,
+    processes: Processes = ALONE,
 ) -> Path:
-    """Trains an adapter on `train`, from the newest checkpoint in `folder` if there is one.
+    """Trains an adapter on `train`, from the run's newest checkpoint if there is one.
 
     Args:
         config: of task instructions.
@@ -152,79 +133,68 @@ def train_adapter(
         processor: its processor.
         train: records to learn.
         test: records to ask before and after.
-        folder: the run folder.
+        report: of the run.
+        processes: those that train together.
 
     Returns:
         The path of ``results.json``: accuracy before and after, and what was said.
+
+    Raises:
+        TrainingDiverged: when loss or gradient is not finite, or the loss has exploded.
+        TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
-    events = EventLog(folder / EVENTS)
+    folder, path = report.run, report.run / RESULTS
     data = Records(processor, train, config.data.max_length)
     told = f"{len(data)} records to learn, the longest of {data.longest} tokens"
     if data.left_out:
         told += f"; {data.left_out} longer than data.max_length = {config.data.max_length} left out"
-    print(told, flush=True)
-    events.write("start", 0, message=told)
-    path = folder / RESULTS
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report.say(told)
+    result = processes.from_first(lambda: _read(path))
+
+    def ask_all(when: str, of: Any) -> None:
+        result[when] = processes.from_first(lambda: ask(of, processor, test))
+        report.say(f"{when}: {result[when]['accuracy']:.1%} right")
+
     if test and "before" not in result:
-        result["before"] = ask(model, processor, test)
-        print(f"before: {result['before']['accuracy']:.1%} right", flush=True)
-        _write(path, result)
-    adapter = config.adapter
-    nora = NoraConfig(
-        r=adapter.r,
-        inner_r=adapter.inner_r,
-        scaling=adapter.scaling,
-        dropout=adapter.dropout,
-        init=adapter.init,
-        basis=adapter.basis,
-        seed=adapter.seed,
-        target_modules=find_targets(model, adapter.towers),
+        ask_all("before", model)
+        if processes.first:
+            _write(path, result)
+    targets = find_targets(model, config.adapter.towers)
+    adapted = get_peft_model(model, nora_config(config.adapter, targets))
+    arguments = TrainingArguments(
+        **shared_arguments(config.train, folder / CHECKPOINTS, model.device),
+        learning_rate=config.adapter.learning_rate,
     )
-    adapted = get_peft_model(model, nora)
-    trainer = Trainer(
-        model=adapted,
-        args=_arguments(config, folder),
-        train_dataset=data,
-        data_collator=lambda items: collate(items, pad_id_of(processor)),
-        callbacks=[_Told(events)],
+    trainer = make_trainer(
+        adapted, data, lambda items: collate(items, pad_id_of(processor)), arguments
     )
-    checkpoints = list((folder / CHECKPOINTS).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
-    about = {"base": config.model.base, "steps": trainer.state.global_step}
-    save_adapter(adapted, folder / ADAPTER, metadata=about)
-    export_lora(folder / ADAPTER, folder / LORA, layout="peft", base=adapted)
+    run_loop(
+        trainer, config, report, checkpoint=newest_checkpoint(folder), processes=processes,
+        rate_key="adapter.learning_rate",
+    )  # fmt: skip
+    if processes.first:
+        about = {"base": config.model.base, "steps": config.train.steps}
+        save_adapter(adapted, folder / ADAPTER, metadata=about)
+        export_lora(folder / ADAPTER, folder / LORA, layout="peft", base=adapted)
     result["trainable_parameters"] = adapted.get_nb_trainable_parameters()[0]
-    result["steps"] = trainer.state.global_step
+    result["steps"] = config.train.steps
     if test:
-        result["after"] = ask(adapted, processor, test)
-        print(f"after: {result['after']['accuracy']:.1%} right", flush=True)
-    _write(path, result)
-    events.write("done", trainer.state.global_step, message=f"results in {RESULTS}")
+        ask_all("after", adapted)
+    if processes.first:
+        _write(path, result)
+    report.event("done", config.train.steps, message=f"results in {RESULTS}")
     return path
 
 
-def _arguments(config: VisionLanguageConfig, folder: Path) -> TrainingArguments:
-    train = config.train
-    return TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size,
-        learning_rate=config.adapter.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=train.lr_warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
-        save_steps=train.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=10,
-        seed=train.seed,
-        use_cpu=config.model.device == "cpu",
-        remove_unused_columns=False,  # the collator's keys are the processor's
-        label_names=["labels"],
-        report_to=[],
-    )
+def _begin(config: VisionLanguageConfig, folder: Path, resume: bool) -> None:
+    open_folder(folder, resume, config.command)
+    if not resume:  # else they hold what the base has answered
+        (folder / RESULTS).unlink(missing_ok=True)
+    save_config(config, folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -1,15 +1,17 @@
-"""Full disks and folders that cannot be written: what has happened, and how to go on."""
+"""What goes wrong in a run: told in its event log; a failed write with how to go on."""
 
 from __future__ import annotations
 
 import errno
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nora_diffusion.config import RUN_CONFIG, UserError
 from nora_diffusion.settings import quote
+from nora_diffusion.train.common import TrainingInterrupted
+from nora_diffusion.train.report import Report
 
 _FULL = {
     errno.ENOSPC: "free space there",
@@ -58,3 +60,25 @@ def explained(run: Path, command: str = COMMAND) -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+@contextmanager
+def failures_reported(report: Report, command: str = COMMAND) -> Iterator[None]:
+    """Write what ends a ``with`` block into the run's event log.
+
+    Args:
+        report: of the run.
+        command: what continues it.
+    """
+    try:
+        yield
+    except TrainingInterrupted:  # has been reported, with its step
+        raise
+    except KeyboardInterrupt:
+        report.event("stopped", message="stopped outside the training steps")
+        raise
+    except Exception as error:
+        told = explain(error, report.run, command) or error
+        with suppress(OSError):  # the disk may be what has failed
+            report.event("error", message=str(told) or type(told).__name__)
+        raise

@@ -20,7 +20,7 @@ from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.language_model import load_model, load_run_model
 from nora_diffusion.run_config import load_run
 from nora_diffusion.settings import UserError, to_toml, validate
-from nora_diffusion.train import language
+from nora_diffusion.train import language, trainer
 from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
 from tests.tiny_language import save_base, tiny_tokenizer, write_questions
 
@@ -137,14 +137,14 @@ def test_training_learns(make):
 
 def stop_after(monkeypatch, step: int) -> None:
     """Let a run be sent SIGTERM while it reports a step."""
-    report_step = language.Follow.on_log
+    report_step = trainer.Follow.on_log
 
     def on_log(self, args, state, control, logs=None, **rest):
         report_step(self, args, state, control, logs=logs, **rest)
         if state.global_step == step and "loss" in logs:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(language.Follow, "on_log", on_log)
+    monkeypatch.setattr(trainer.Follow, "on_log", on_log)
 
 
 @pytest.mark.parametrize(

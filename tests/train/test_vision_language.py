@@ -1,6 +1,10 @@
 """``nora vlm`` on image instructions: tiny random LLaVA-, Qwen2-VL- and SmolVLM-shaped models."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,13 +29,19 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from nora_diffusion import cli
 from nora_diffusion.adapter.files import load_adapter
 from nora_diffusion.data.image_batches import Records, collate, encode
 from nora_diffusion.data.image_instructions import read_records
 from nora_diffusion.data.instructions import UNTRAINED
 from nora_diffusion.evaluation.picture_answers import answers, matches
+from nora_diffusion.events import read_events
+from nora_diffusion.families.base import resolve_device
 from nora_diffusion.run_config import load_config
-from nora_diffusion.settings import UserError
+from nora_diffusion.settings import UserError, to_toml
+from nora_diffusion.train import trainer
+from nora_diffusion.train.common import TrainingDiverged
+from nora_diffusion.train.report import Report
 from nora_diffusion.train.vision_language import find_targets, run, train_adapter
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
@@ -214,15 +224,11 @@ def test_training_learns_the_answers_and_leaves_the_base_alone(shape, file, tmp_
         'adapter.towers=["vision", "language"]',
     )  # fmt: skip
     records = read_records(file)
-    result = json.loads(
-        train_adapter(config, model, processor, records, records, tmp_path).read_text()
-    )
+    with Report(tmp_path, total_steps=20, log_every=10) as report:
+        path = train_adapter(config, model, processor, records, records, report)
+    result = json.loads(path.read_text())
     assert result["before"]["accuracy"] == 0
-    losses = [
-        json.loads(line)["loss"]
-        for line in (tmp_path / "events.jsonl").read_text().splitlines()
-        if '"step"' in line and json.loads(line)["event"] == "step"
-    ]
+    losses = [e["loss"] for e in steps_of(tmp_path)]
     assert losses[-1] < losses[0] - 0.05  # random weights leave attention little to say
     after = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -252,28 +258,122 @@ def strip_adapter(model) -> None:
     model.requires_grad_(False)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(file, tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    base = tmp_path / "base"
-    model, processor = llava()
-    model.save_pretrained(base)
-    processor.save_pretrained(base)
-    given = [f"model.base={base}", "train.checkpoint_every=3", "adapter.dropout=0.1"]
+    for part in llava():
+        part.save_pretrained(folder)
+    return folder
 
-    def adapter(folder):
-        return load_file(folder / "adapter.safetensors")
 
-    run(settings(file, tmp_path / "whole", *given, "train.steps=6"))
-    config = settings(file, tmp_path / "cut", *given, "train.steps=6")
-    run(config)
-    for late in (tmp_path / "cut" / "checkpoints").glob("checkpoint-6"):
-        for path in sorted(late.rglob("*"), reverse=True):
-            path.unlink()
-        late.rmdir()
-    run(config, resume=True)
-    whole, cut = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+@pytest.fixture
+def make(file, base):
+    """Settings of a run of 6 steps in a folder, with more `section.key=value`."""
+    given = [f"model.base={base}", "adapter.dropout=0.1", "train.steps=6", "train.log_every=1"]
+    return lambda folder, *more: settings(file, folder, *given, *more)
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter.safetensors")
+
+
+def assert_same(left: Path, right: Path) -> None:
+    assert [e["loss"] for e in steps_of(left)] == [e["loss"] for e in steps_of(right)]
+    first, second = adapter_of(left), adapter_of(right)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [e for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+
+
+def stop_after(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Let a run be sent a signal while it reports a step."""
+    report_step = trainer.Follow.on_log
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        report_step(self, args, state, control, logs=logs, **rest)
+        if state.global_step == step and "loss" in logs:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer.Follow, "on_log", on_log)
+
+
+def test_a_run_stopped_twice_equals_one_that_was_not(make, tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(make(whole))
+    (tmp_path / "vlm.toml").write_text(to_toml(make(stopped)))
+    begin, resume = ["vlm", str(tmp_path / "vlm.toml")], ["vlm", "--resume", str(stopped)]
+    for argv, step, number in ((begin, 2, signal.SIGINT), (resume, 4, signal.SIGTERM)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step, number)
+            capsys.readouterr()
+            assert cli.main(argv) == cli.INTERRUPTED
+        err = capsys.readouterr().err
+        assert "training:" in err  # the bar
+        # A step is reported after its end, where signals are looked for.
+        assert f"stopped by {number.name} after step {step + 1}; " in err
+        assert f"with: nora vlm --resume {stopped}" in err
+        assert read_events(stopped / "events.jsonl")[-1]["event"] == "stopped"
+    assert cli.main(resume) == 0
+    assert [e["step"] for e in steps_of(stopped)] == [1, 2, 3, 4, 5, 6]
+    assert_same(whole, stopped)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(make, tmp_path):
+    config = make(tmp_path / "run", "train.checkpoint_every=3")
+    folder = run(config).parent
+    whole = adapter_of(folder)
+    (folder / "adapter.safetensors").unlink()
+    (folder / "checkpoints/checkpoint-6/trainer_state.json").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-6 was not written to its end"):
+        run(config, resume=True)
+    again = adapter_of(folder)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [e["step"] for e in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_a_new_one_may_take_its_place(make, tmp_path):
+    folder = tmp_path / "run"
+    wild = ["adapter.learning_rate=1e30", "train.lr_warmup_steps=0", "train.max_grad_norm=1e30"]
+    with pytest.raises(TrainingDiverged, match=r"lower adapter\.learning_rate \(now 1e\+30\)"):
+        run(make(folder, *wild))
+    last = read_events(folder / "events.jsonl")[-1]
+    assert last["event"] == "error" and "adapter.learning_rate" in last["message"]
+    (folder / "results.json").write_text('{"before": {"accuracy": 2}}')  # of other settings
+    assert json.loads(run(make(folder)).read_text())["before"]["accuracy"] <= 1
+    with pytest.raises(UserError, match=r"already holds a run; continue it with nora vlm --resume"):
+        run(make(folder))
+
+
+def test_recomputed_and_accumulated_steps_learn_the_same(make, tmp_path):
+    plain = run(make(tmp_path / "plain", "adapter.dropout=0")).parent
+    changes = ["train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2"]
+    changes += ["train.batch_size=1", "adapter.dropout=0"]
+    other = run(make(tmp_path / "other", *changes)).parent
+    for name, tensor in adapter_of(plain).items():
+        torch.testing.assert_close(tensor, adapter_of(other)[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(make, tmp_path):
+    one = run(make(tmp_path / "one", "adapter.dropout=0")).parent
+    two = make(tmp_path / "two", "adapter.dropout=0", "train.batch_size=1")
+    (tmp_path / "vlm.toml").write_text(to_toml(two))
+    script = tmp_path / "launched.py"
+    script.write_text("import sys\nfrom nora_diffusion.cli import main\nsys.exit(main())\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(script), "vlm", str(tmp_path / "vlm.toml")], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, tensor in adapter_of(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, adapter_of(one)[name], rtol=1e-3, atol=1e-5)
+    assert [e["step"] for e in steps_of(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "two/results.json").is_file()
 
 
 def test_long_records_are_left_out_and_counted(file):
@@ -301,3 +401,12 @@ def test_generation_goes_on_where_the_answer_stands(file):
 def test_a_base_that_is_no_such_model_is_named(file, tmp_path):
     with pytest.raises(UserError, match="model.base"):
         run(settings(file, tmp_path / "out", f"model.base={tmp_path}"))
+
+
+def test_the_device_is_the_one_asked_for_or_cuda_or_the_cpu(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto", mps=False).type == "cpu"
+    assert resolve_device("auto").type == "mps"
+    with pytest.raises(UserError, match='model.device = "cuda": this machine'):
+        run(settings(file, tmp_path / "out", "model.device=cuda"))
