@@ -42,10 +42,14 @@ def paired_interval(
 def _interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     if not groups:
         return (float("nan"), float("nan"))
-    rng = np.random.default_rng(0)
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        chosen = rng.integers(0, len(groups), len(groups))
-        means[draw] = np.mean([np.mean(rng.choice(groups[i], len(groups[i]))) for i in chosen])
-    low, high = np.percentile(means, [2.5, 97.5])
+    rng, count = np.random.default_rng(0), len(groups)
+    # For every draw and place the mean of seeds drawn again, of each subject that may come there.
+    means = np.stack(
+        [
+            np.asarray(own)[rng.integers(0, len(own), (DRAWS, count, len(own)))].mean(-1)
+            for own in groups
+        ]
+    )
+    chosen = rng.integers(0, count, (1, DRAWS, count))
+    low, high = np.percentile(np.take_along_axis(means, chosen, 0)[0].mean(-1), [2.5, 97.5])
     return round(float(low), 5), round(float(high), 5)

@@ -52,12 +52,30 @@ def _report(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_study
 
-    plan = Plan(STEPS)
+    return _compare(args, run_study, Plan(STEPS))
+
+
+def _ablation(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.study import Plan, run_ablation
+
+    return _compare(args, run_ablation, Plan(STEPS))
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.ranks import SUBJECTS, run_ranks
+    from nora_diffusion.bench.study import Plan
+
+    return _compare(args, run_ranks, Plan(STEPS, subjects=SUBJECTS, seeds=(0,)))
+
+
+def _compare(args: argparse.Namespace, run: Callable[..., dict[str, Any]], plan: Any) -> int:
+    name = args.what
     if args.quick:
-        plan = _quick(plan)
-    name = "methods-quick" if args.quick else "methods"
-    results = run_study(plan, _ledger(args), _saver(args, name))
-    print(_table(results["summary"]))
+        plan, name = _quick(plan), f"{name}-quick"
+    results = run(plan, _ledger(args), _saver(args, name))
+    if results["summary"]:
+        print(_table(results["summary"]))
+    print(f"all numbers: {args.out / name}.json")
     return 0
 
 
@@ -118,9 +136,13 @@ def _table(summary: Sequence[dict[str, Any]]) -> str:
 
 COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "methods": _methods,
+    "ablation": _ablation,
+    "ranks": _ranks,
     "report": _report,
 }
 _HELP = (
     "methods: NoRA's variants and PEFT's methods on eight subjects of mini",
+    "ablation: which part of NoRA does what",
+    "ranks: outer and inner rank",
     "report: write the recorded numbers into README and docs of this checkout",
 )

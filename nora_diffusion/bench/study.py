@@ -18,12 +18,19 @@ from typing import Any
 
 from nora_diffusion.bench.bootstrap import interval
 from nora_diffusion.bench.ledger import Ledger, Row
-from nora_diffusion.bench.methods import BASELINES, PAPER, VARIANTS, Method, nora
+from nora_diffusion.bench.methods import BASELINES, PAPER, VARIANTS, Method, lora, nora
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
 SEARCHED_ON = ("rooster", "cactus")
 FINALISTS = 4
+ABLATION = (
+    lora("outer trained, no inner (PiSSA r 32)", 32, init_lora_weights="pissa"),
+    nora(basis="random"),
+    PAPER,
+    nora(),
+    lora("LoRA r 16", 16),
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,18 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     finalists = study.choose_variants()
     study.search(finalists)
     study.final((*plan.baselines, PAPER, *(m for m in finalists if m.name != PAPER.name)))
+    return study.results
+
+
+def run_ablation(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
+    """The paper's ablation: which part of NoRA does what; arguments as of ``run_study``.
+
+    The outer factors trained without an inner pair are PiSSA of NoRA's outer rank. Outer factors
+    frozen without an inner pair are the base, whose numbers stand in every row.
+    """
+    study = Study(plan, ledger, save)
+    study.search(ABLATION)
+    study.final(ABLATION)
     return study.results
 
 

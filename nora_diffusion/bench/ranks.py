@@ -1,0 +1,97 @@
+"""``nora bench ranks``: what outer and inner rank do, on subjects of different complexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from nora_diffusion.bench.ledger import Ledger, Row
+from nora_diffusion.bench.methods import nora
+from nora_diffusion.bench.study import Plan, Study, mean_row, score
+from nora_diffusion.bench.trial import Trial
+
+OUTER, INNER = (4, 8, 16, 32, 64), (1, 2, 4, 8, 16)
+SUBJECTS = ("hibiscus", "poodle", "backpack")
+GOOD_ENOUGH = 0.95
+
+
+def run_ranks(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
+    """Run or continue the grid, every cell at the learning rate that was found for NoRA 32/8.
+
+    Args:
+        plan: steps, subjects and seeds.
+        ledger: finished trials.
+        save: called with the results after every trial and at the end.
+
+    Returns:
+        ``cells``: means a pair of ranks and subject; ``guideline``: the fitted law, and for each
+        subject the pair with the fewest parameters whose score is within 5 % of its best.
+    """
+    study = Study(plan, ledger, save)
+    study.search([nora()])
+    rate = study.rates[nora().name]
+    trials = [
+        Trial(nora(r, inner_r), subject, rate, seed, plan.steps)
+        for seed in plan.seeds
+        for subject in plan.subjects
+        for r in OUTER
+        for inner_r in INNER
+        if inner_r <= r
+    ]
+
+    def so_far() -> None:
+        study.results["cells"] = cells = _cells(ledger, trials)
+        study.results["guideline"] = guideline(cells)
+        save(study.results)
+
+    ledger.run(trials, on_row=so_far)
+    so_far()
+    return study.results
+
+
+def _cells(ledger: Ledger, trials: Sequence[Trial]) -> list[Row]:
+    found: dict[tuple[str, int, int], list[Row]] = {}
+    for trial in trials:
+        row = ledger.find(trial)
+        if row is not None:
+            given = trial.method.nora
+            found.setdefault((trial.subject, given["r"], given["inner_r"]), []).append(row)
+    return [
+        {
+            "subject": subject, "r": r, "inner_r": inner_r,
+            "trained_parameters": rows[0].get("trained_parameters"),
+            "score": sum(map(score, rows)) / len(rows), **mean_row(rows),
+        }
+        for (subject, r, inner_r), rows in found.items()
+    ]  # fmt: skip
+
+
+def guideline(cells: Sequence[Row]) -> Row:
+    """Score = a + b log2 r + c log2 inner_r by least squares, and the smallest good pairs.
+
+    Args:
+        cells: with ``subject``, ``r``, ``inner_r``, ``score`` and ``trained_parameters``.
+    """
+    smallest: dict[str, Row] = {}
+    for subject in dict.fromkeys(cell["subject"] for cell in cells):
+        own = [cell for cell in cells if cell["subject"] == subject]
+        best = max(cell["score"] for cell in own)
+        good = [cell for cell in own if cell["score"] >= GOOD_ENOUGH * best]
+        least = min(good, key=lambda cell: cell["trained_parameters"] or math.inf)
+        smallest[subject] = {key: least[key] for key in ("r", "inner_r", "score")}
+    if len(cells) < 4:
+        return {"smallest_good": smallest}
+    sides = [[1, math.log2(cell["r"]), math.log2(cell["inner_r"])] for cell in cells]
+    scores = [cell["score"] for cell in cells]
+    fitted, *_ = np.linalg.lstsq(np.array(sides), np.array(scores), rcond=None)
+    left = np.array(scores) - np.array(sides) @ fitted
+    spread = float(np.var(scores))
+    return {
+        "smallest_good": smallest,
+        "score_at_1": round(float(fitted[0]), 5),
+        "a_doubling_of_r": round(float(fitted[1]), 5),
+        "a_doubling_of_inner_r": round(float(fitted[2]), 5),
+        "share_explained": round(1 - float(np.var(left)) / spread, 4) if spread else None,
+    }

@@ -1,0 +1,159 @@
+"""The comparison of methods: equal tries, the rate that is best elsewhere, honest means."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nora_diffusion.bench.bootstrap import interval, paired_interval
+from nora_diffusion.bench.ledger import Ledger
+from nora_diffusion.bench.methods import BASELINES, PAPER, RATES, VARIANTS, lora, nora
+from nora_diffusion.bench.ranks import guideline
+from nora_diffusion.bench.study import Plan, mean_row, run_ablation, run_study, score
+from nora_diffusion.bench.trial import Trial
+from nora_diffusion.mini.subjects import SUBJECTS
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PLAN = Plan(steps=5, searched_on=("rooster",), subjects=SUBJECTS[:2], seeds=(0, 1))
+
+
+class Simulated(Ledger):
+    """Rows by a known law in place of trainings: every method has one best rate."""
+
+    def _measure(self, trials, drift, on_row):
+        for trial in trials:
+            self._write(trial, simulated(trial))
+            on_row()
+
+
+def simulated(trial):
+    best = trial.method.rates[2]
+    miss = abs(math.log(trial.rate / best))
+    gap = 0.5 - 0.1 * miss - 0.05 * ("random" in trial.method.name) + 0.01 * trial.seed
+    if trial.subject == "rooster" and trial.rate == trial.method.rates[-1]:
+        return {**trial.key, "diverged": "loss not finite"}
+    return {
+        **trial.key, "trained_parameters": 10, "file_bytes": 20, "gap_closed": gap,
+        "background_base": 1.0, "background_adapted": 0.9, "text_adapted": 0.6, "class_moved": 0.1,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Simulated(tmp_path / "trials", tmp_path, {"base": "mini x"}, 2, 1)
+
+
+def test_every_method_gets_as_many_tries_and_its_best_rate(ledger):
+    saved = []
+    results = run_study(PLAN, ledger, lambda row: saved.append(json.dumps(row)))
+    assert {found["tries"] for found in results["search"].values()} == {4}
+    for method in (*BASELINES, PAPER):
+        assert results["search"][method.name]["learning_rate"] == method.rates[2]
+    assert len(saved) > 20  # after every trial of the last stage, not at the end alone
+
+
+def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger):
+    results = run_study(PLAN, ledger, lambda row: None)
+    assert len(results["variants"]) == len(VARIANTS)
+    scores = [row["score"] for row in results["variants"]]
+    assert scores == sorted(scores, reverse=True)
+    names = {line["method"] for line in results["summary"]}
+    assert names >= {m.name for m in BASELINES} | {PAPER.name}
+    assert len(names) - len(BASELINES) - 1 in (3, 4)  # the paper's may be one of the best four
+    assert not any("random" in name for name in names)
+    assert all(line["runs"] == 4 for line in results["summary"])
+
+
+def test_nothing_is_trained_twice(ledger, monkeypatch):
+    first = run_study(PLAN, ledger, lambda row: None)
+    monkeypatch.setattr(Simulated, "_measure", None)  # calling it would fail
+    again = run_study(PLAN, ledger, lambda row: None)
+    assert again == first
+    monkeypatch.undo()
+    other = Simulated(ledger.folder, ledger.work, {"base": "mini y"}, 2, 1)
+    assert other.find(Trial(PAPER, "rooster", PAPER.rates[0], 0, 5)) is None
+
+
+def test_the_ablation_takes_the_same_trials(ledger):
+    run_study(PLAN, ledger, lambda row: None)
+    results = run_ablation(PLAN, ledger, lambda row: None)
+    assert [line["method"] for line in results["summary"]][0].startswith("outer trained")
+    assert len(results["rows"]) == 5 * 4
+
+
+def test_a_row_without_the_drift_is_measured_again_where_it_is_wanted(ledger):
+    trial = Trial(PAPER, "poodle", PAPER.rates[0], 0, 5)
+    ledger.run([trial])
+    row = ledger.row(trial)
+    del row["class_moved"]
+    ledger._write(trial, row)
+    assert ledger.find(trial) is not None and ledger.find(trial, drift=True) is None
+
+
+def test_a_training_that_diverged_scores_nothing_and_counts():
+    good = {"gap_closed": 0.4, "background_adapted": 0.5, "background_base": 1.0}
+    lost = {"diverged": "loss not finite"}
+    assert score(good) == pytest.approx(0.2) and score(lost) == 0
+    means = mean_row([good, lost])
+    assert means["gap_closed"] == 0.4 and means["runs"] == 2 and means["diverged"] == 1
+
+
+def test_kinds_of_methods_have_as_many_rates():
+    assert len({len(rates) for rates in RATES.values()}) == 1
+    assert all(a < b for rates in RATES.values() for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_methods_survive_the_way_to_another_process():
+    import pickle
+
+    for method in (*BASELINES, PAPER, nora(alpha=1.0)):
+        assert pickle.loads(pickle.dumps(method)) == method
+    built = lora("LoRA r 4", 4).build(["to_q"])
+    assert built.r == 4 and built.lora_alpha == 4 and built.target_modules == {"to_q"}
+
+
+def rows_of(name, gaps):
+    return [
+        {"subject": subject, "seed": seed, "gap_closed": gap, "method": name}
+        for subject, of_subject in gaps.items()
+        for seed, gap in enumerate(of_subject)
+    ]
+
+
+def test_intervals_hold_the_mean_and_shrink_with_agreement():
+    wide = interval(rows_of("a", {"x": [0.0, 0.2], "y": [0.8, 1.0], "z": [0.4, 0.6]}), "gap_closed")
+    narrow = interval(rows_of("a", {"x": [0.5, 0.5], "y": [0.5, 0.5]}), "gap_closed")
+    assert wide[0] < 0.5 < wide[1] and narrow == (0.5, 0.5)
+
+
+def test_pairs_take_out_what_subjects_have_in_common():
+    a = rows_of("a", {"easy": [0.9, 0.8], "hard": [0.1, 0.0]})
+    b = [{**row, "gap_closed": row["gap_closed"] - 0.05} for row in a]
+    found = paired_interval(a, b, "gap_closed")
+    assert found == {"mean": 0.05, "low": 0.05, "high": 0.05}
+
+
+def test_the_guideline_finds_a_planted_law():
+    cells = [
+        {
+            "subject": "x", "r": r, "inner_r": k, "trained_parameters": 2 * r * k,
+            "score": 0.3 + 0.02 * math.log2(r) + 0.005 * math.log2(k),
+        }
+        for r in (4, 8, 16, 32) for k in (1, 2, 4)
+    ]  # fmt: skip
+    found = guideline(cells)
+    assert found["a_doubling_of_r"] == pytest.approx(0.02)
+    assert found["a_doubling_of_inner_r"] == pytest.approx(0.005)
+    assert found["share_explained"] == pytest.approx(1)
+    least = found["smallest_good"]["x"]
+    assert (least["r"], least["inner_r"]) == (32, 1)  # 0.40 of the best 0.41, by 64 numbers
+
+
+@pytest.mark.parametrize("name", ["methods", "ablation", "ranks"])
+def test_recorded_results_gave_every_method_the_same_number_of_tries(name):
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"{path.name} has not been recorded")
+    search = json.loads(path.read_bytes())["results"]["search"]
+    assert len({found["tries"] for found in search.values()}) == 1
