@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS, SAMPLING_STEPS = 100, 15
-RESULTS = Path("benchmarks/results")
+RESULTS, TRIALS = Path("benchmarks/results"), "trials.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side"
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help=f"folder of the results (default {RESULTS})"
-    )
-    parser.add_argument(
-        "--work", type=Path, help="folder of finished trials (default ~/.cache/nora-bench/trials)"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help=f"folder of the results and of {TRIALS}, every finished trial (default {RESULTS})",
     )
 
 
@@ -105,9 +105,8 @@ def _ledger(args: argparse.Namespace) -> Any:
         "sampling_steps": sampling_steps,
         "targets": "attention and feed-forward of the UNet, attention of the text encoder",
     }
-    folder = args.work or Path.home() / ".cache" / "nora-bench" / "trials"
     work = default_work_folder() / PRESETS["cpu"].name
-    return Ledger(folder, work, about, sampling_steps, args.workers)
+    return Ledger(args.out / TRIALS, work, about, sampling_steps, args.workers)
 
 
 def _saver(args: argparse.Namespace, name: str) -> Callable[[dict[str, Any]], None]:

@@ -1,8 +1,7 @@
-"""Finished trials, kept in a work folder: no command repeats what another has measured."""
+"""Finished trials, kept in one file: no command repeats what another has measured."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from nora_diffusion.bench.trial import Trial, run_trial
-from nora_diffusion.disk import write_atomically
 
 Row = dict[str, Any]
 
@@ -23,7 +21,7 @@ class Ledger:
     """Rows of trials on one base, by one protocol.
 
     Args:
-        folder: where the rows are, a file each.
+        file: all rows, one a line as JSON, those of other protocols among them; made if missing.
         work: work folder of mini's recipe.
         about: base and protocol; rows of another are not taken.
         sampling_steps: denoising steps of every picture.
@@ -31,17 +29,24 @@ class Ledger:
     """
 
     def __init__(
-        self, folder: Path, work: Path, about: Row, sampling_steps: int, workers: int
+        self, file: Path, work: Path, about: Row, sampling_steps: int, workers: int
     ) -> None:
-        self.folder, self.work, self.about = folder, work, about
+        self.file, self.work, self.about = file, work, about
         self.sampling_steps, self.workers = sampling_steps, workers
-        folder.mkdir(parents=True, exist_ok=True)
+        self._rows: dict[str, Row] = {}
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            if row.pop("about") == about:
+                self._rows[_name(row)] = row
 
     def find(self, trial: Trial, drift: bool = False) -> Row | None:
         """The row of a trial; None where there is none, or none with the drift that is wanted."""
-        try:
-            row = json.loads(self._path(trial).read_bytes())
-        except OSError:
+        row = self._rows.get(_name(trial.key))
+        if row is None:
             return None
         missing = drift and "class_moved" not in row and "diverged" not in row
         return None if missing else row
@@ -85,11 +90,14 @@ class Ledger:
                 raise
 
     def _write(self, trial: Trial, row: Row) -> None:
-        write_atomically(self._path(trial), (json.dumps(row) + "\n").encode())
+        self._rows[_name(trial.key)] = row
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a", encoding="utf-8") as file:  # one write: lines do not mix
+            file.write(json.dumps({**row, "about": self.about}) + "\n")
 
-    def _path(self, trial: Trial) -> Path:
-        named = json.dumps([self.about, trial.key], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
+
+def _name(row: Row) -> str:
+    return json.dumps([row[key] for key in ("method", "subject", "learning_rate", "seed", "steps")])
 
 
 _ruler: Any = None
