@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from _common import RESULTS, ROOT, write_result
+from _common import RESULTS, write_result
 from _tasks import REASONING, Task, answer_selection, missing, tagging, translation
 from peft import LoraConfig, get_peft_model
 from torch import nn
