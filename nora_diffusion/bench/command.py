@@ -68,6 +68,24 @@ def _ranks(args: argparse.Namespace) -> int:
     return _compare(args, run_ranks, Plan(STEPS, subjects=SUBJECTS, seeds=(0,)))
 
 
+def _multi(args: argparse.Namespace) -> int:
+    import json
+
+    from nora_diffusion.bench.multi import MultiPlan, run_multi
+    from nora_diffusion.bench.ruler import Ruler
+
+    ledger, name = _ledger(args), "multi-quick" if args.quick else "multi"
+    plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(STEPS)
+    path, save = args.out / f"{name}.json", _saver(args, name)
+    about = {**ledger.about, "steps_a_subject": plan.steps}
+    there = json.loads(path.read_bytes())["results"] if path.is_file() else {}
+    rows = there["rows"] if there.get("about") == about else []
+    ruler = Ruler(ledger.work, ledger.sampling_steps)
+    run_multi(plan, ruler, ledger.work / "multi", rows, lambda r: save({"about": about, "rows": r}))
+    print(f"all numbers: {path}")
+    return 0
+
+
 def _compare(args: argparse.Namespace, run: Callable[..., dict[str, Any]], plan: Any) -> int:
     name = args.what
     if args.quick:
@@ -137,11 +155,13 @@ COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "methods": _methods,
     "ablation": _ablation,
     "ranks": _ranks,
+    "multi": _multi,
     "report": _report,
 }
 _HELP = (
     "methods: NoRA's variants and PEFT's methods on eight subjects of mini",
     "ablation: which part of NoRA does what",
     "ranks: outer and inner rank",
+    "multi: several subjects in one NoRA, in one each, and blended",
     "report: write the recorded numbers into README and docs of this checkout",
 )

@@ -68,7 +68,14 @@ class Ruler:
         self.gallery, self.probe = Gallery.shipped(), BackgroundProbe.shipped()
         self._references: dict[str, Reference] = {}
 
-    def measure(self, adapted: Family, views: Views, seed: int, drift: bool = True) -> Numbers:
+    def measure(
+        self,
+        adapted: Family,
+        views: Views,
+        seed: int,
+        drift: bool = True,
+        trigger: str = TRIGGER,
+    ) -> Numbers:
         """Score an adapted mini.
 
         Args:
@@ -76,6 +83,7 @@ class Ruler:
             views: of the subject it has learnt.
             seed: of the pictures, one a prompt.
             drift: also draw the class without the trigger word.
+            trigger: word that stands for the subject.
 
         Returns:
             ``base``, ``adapted``, ``ceiling``: mean cosine to the held-out views of the base's
@@ -88,8 +96,8 @@ class Ruler:
             the base's picture, and ``class_nearer_to_subject``, of the class alone.
         """
         reference = self._reference(views)
-        drawn = self.pictures(adapted, views.class_name, seed)
-        base = self._of_base(views.class_name, True, seed)
+        drawn = self.pictures(adapted, views.class_name, seed, trigger)
+        base = self._of_base(views.class_name, trigger, seed)
         of_base, of_adapter = image_features(base), image_features(drawn)
         cosine = {
             "base": mean_pairwise_cosine(of_base, reference.held_out),
@@ -114,13 +122,13 @@ class Ruler:
         }
 
     def pictures(
-        self, family: Family, class_name: str, seed: int, trigger: bool = True
+        self, family: Family, class_name: str, seed: int, trigger: str | None = TRIGGER
     ) -> list[Image.Image]:
         """One picture a prompt, all from the same seed, with the guidance of mini's config."""
         prompts = [
-            fill_prompt(prompt, TRIGGER, class_name)
-            if trigger
-            else without_trigger(prompt, class_name)
+            without_trigger(prompt, class_name)
+            if trigger is None
+            else fill_prompt(prompt, trigger, class_name)
             for prompt in MINI
         ]
         rows = sample_prompts(family, prompts, [seed], steps=self.steps, guidance=GUIDANCE)
@@ -128,8 +136,9 @@ class Ruler:
 
     def sheet(self, adapted: Family, views: Views, seed: int) -> list[list[Image.Image]]:
         """The base's pictures, the adapter's, and the adapter's without the trigger word."""
-        of_adapter = (self.pictures(adapted, views.class_name, seed, on) for on in (True, False))
-        return [self._of_base(views.class_name, True, seed), *of_adapter]
+        words = (TRIGGER, None)
+        of_adapter = (self.pictures(adapted, views.class_name, seed, word) for word in words)
+        return [self._of_base(views.class_name, TRIGGER, seed), *of_adapter]
 
     def _reference(self, views: Views) -> Reference:
         if views.name not in self._references:
@@ -140,17 +149,16 @@ class Ruler:
         return self._references[views.name]
 
     def _drift(self, adapted: Family, class_name: str, held: Tensor, seed: int) -> Numbers:
-        plain = image_features(self._of_base(class_name, False, seed))
-        drifted = image_features(self.pictures(adapted, class_name, seed, trigger=False))
+        plain = image_features(self._of_base(class_name, None, seed))
+        drifted = image_features(self.pictures(adapted, class_name, seed, None))
         nearer = mean_pairwise_cosine(drifted, held) - mean_pairwise_cosine(plain, held)
         moved = 1 - float((plain * drifted).sum(1).mean())
         return {"class_moved": moved, "class_nearer_to_subject": nearer}
 
-    def _of_base(self, class_name: str, trigger: bool, seed: int) -> list[Image.Image]:
+    def _of_base(self, class_name: str, trigger: str | None, seed: int) -> list[Image.Image]:
         """Kept on disk: every method is measured beside the same ones."""
-        kind = "subject" if trigger else "class"
         folder = self.work / "base_pictures" / f"{BASE_HASH}-{self.steps}"
-        path = folder / f"{class_name}-{kind}-{seed}.safetensors"
+        path = folder / f"{trigger or ''}-{class_name}-{seed}.safetensors"
         if path.is_file():
             return to_pil(load_state(path)[0]["pictures"])
         drawn = self.pictures(self.base, class_name, seed, trigger)

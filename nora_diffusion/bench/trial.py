@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def run_trial(trial: Trial, ruler: Ruler, drift: bool = True) -> dict[str, Any]:
     """Train and measure; a training that diverges scores as one that learns nothing."""
     views = subject_views(trial.subject, ruler.work, PHOTO_PX)
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(trial, views, Path(folder))
+        cfg = trial_config(trial, views, Path(folder))
+        session = open_session(cfg, trial.method, Path(folder))
         start = time.process_time()
         try:
             train(session)
@@ -82,22 +84,22 @@ def run_trial(trial: Trial, ruler: Ruler, drift: bool = True) -> dict[str, Any]:
     }
 
 
-def open_session(trial: Trial, views: Views, folder: Path) -> Session:
+def open_session(cfg: DreamboothConfig, method: Method, folder: Path) -> Session:
     """Base, encoded views, adapter and optimiser, before the first step."""
-    cfg = trial_config(trial, views, folder)
-    report = Report(folder, total_steps=trial.steps, log_every=trial.steps, silent=True)
+    steps = cfg.train.total_steps
+    report = Report(folder, total_steps=steps, log_every=steps, silent=True)
     family = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
     base_hash = common.weights_digest(family.components.denoiser)
     inputs = encode_inputs(cfg, family, report)
     models = adapters.adapted_models(cfg, family)
-    add_method(cfg, trial.method, family, inputs, models)
+    add_method(cfg, method, family, inputs, models)
     parameters = {
         f"{component}.{name}": parameter
         for component, model in models.items()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    optimizer = make_optimizer(cfg.train, [(list(parameters.values()), trial.rate)])
+    optimizer = make_optimizer(cfg.train, [(list(parameters.values()), cfg.train.learning_rate)])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Session(
         cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,
@@ -111,17 +113,34 @@ def trial_config(trial: Trial, views: Views, folder: Path) -> DreamboothConfig:
     """The shipped config of mini with the trial's own settings."""
     photos = folder / "photos"
     write_views(views.train, photos)
-    nora = trial.method.nora
+    subject = [f"data.subject={photos}", f"data.class_name={views.class_name}"]
+    subject += [f"data.trigger={TRIGGER}"]
+    return method_config(trial.method, trial.rate, trial.steps, trial.seed, folder, subject)
+
+
+def method_config(
+    method: Method, rate: float, steps: int, seed: int, folder: Path, subjects: Sequence[str]
+) -> DreamboothConfig:
+    """The shipped config of mini with a method's settings.
+
+    Args:
+        method: what is trained.
+        rate: learning rate.
+        steps: of the training.
+        seed: of everything random.
+        folder: where the run folder is made.
+        subjects: overrides of ``[data]``.
+    """
+    nora = method.nora
     ranks = {f"text_encoder.{name}": nora[name] for name in ("r", "inner_r") if name in nora}
     settings = {
-        "data.subject": photos, "data.class_name": views.class_name, "data.trigger": TRIGGER,
-        "data.cache": "false", "train.steps": trial.steps, "train.learning_rate": trial.rate,
-        "train.seed": trial.seed, "train.checkpoint_every": 0, "output.dir": folder / "run",
-        "adapter.seed": trial.seed, **ranks,
+        "data.cache": "false", "train.steps": steps, "train.learning_rate": rate,
+        "train.seed": seed, "train.checkpoint_every": 0, "output.dir": folder / "run",
+        "adapter.seed": seed, **ranks,
         **{f"adapter.{name}": value for name, value in nora.items()},
     }  # fmt: skip
     targets = [text for kind in TARGETS for text in ("--adapter.targets", kind)]
-    return load_config("mini", [*(f"{k}={v}" for k, v in settings.items()), *targets])
+    return load_config("mini", [*(f"{k}={v}" for k, v in settings.items()), *targets, *subjects])
 
 
 def add_method(
