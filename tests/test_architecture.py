@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "campaign": BASE | {"data", "campaign"},
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "bench": BASE
-    | {"adapter", "bench", "evaluation", "families", "mini", "sampling", "sheets", "train"},
+    | {"adapter", "bench", "denoiser_hooks", "evaluation", "families", "mini", "sampling", "train"},
     "commands": BASE
     | {
         "adapter",

@@ -92,7 +92,10 @@ def _compare(args: argparse.Namespace, run: Callable[..., dict[str, Any]], plan:
         plan, name = _quick(plan), f"{name}-quick"
     results = run(plan, _ledger(args), _saver(args, name))
     if results["summary"]:
+        from nora_diffusion.bench.plots import plot_methods
+
         print(_table(results["summary"]))
+        print(f"plot: {plot_methods(results['summary'], args.out / f'{name}.png')}")
     print(f"all numbers: {args.out / name}.json")
     return 0
 
@@ -101,10 +104,10 @@ def _quick(plan: Any) -> Any:
     """Every stage, on one subject, two steps a training."""
     from nora_diffusion.bench.methods import PAPER, lora, nora
 
-    few = [replace(m, rates=m.rates[1:3]) for m in (lora("LoRA r 1", 1), lora("LoRA r 16", 16))]
+    few = (lora("LoRA r 1", 1), lora("LoRA r 16", 16))
     return replace(
         plan, steps=2, searched_on=("cactus",), variants_on=("cactus",), subjects=("cactus",),
-        seeds=(0,), baselines=tuple(few), variants=(nora(), PAPER), finalists=1,
+        seeds=(0,), baselines=few, variants=(nora(), PAPER), finalists=1,
     )  # fmt: skip
 
 

@@ -159,3 +159,21 @@ def test_recorded_results_gave_every_method_the_same_number_of_tries(name):
         pytest.skip(f"{path.name} has not been recorded")
     search = json.loads(path.read_bytes())["results"]["search"]
     assert len({found["tries"] for found in search.values()}) == 1
+
+
+def test_the_plot_shows_every_method(ledger, tmp_path, monkeypatch):
+    """One numbered point a method in each of the four plots, and its name once."""
+    from matplotlib.figure import Figure
+
+    from nora_diffusion.bench import plots
+
+    summary = run_ablation(PLAN, ledger, lambda row: None)["summary"]
+    for line in summary:
+        line["step_cpu_s"] = 0.4
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    plots.plot_methods(summary, tmp_path / "plot.png")
+    (figure,) = drawn
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5"]
+    assert all(line["method"] in figure.get_supxlabel() for line in summary)
