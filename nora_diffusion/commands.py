@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--base", help="base model to check the recorded fingerprints against")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
+    inspect = command("inspect", _inspect, "show what an adapter moved, or how two overlap")
+    inspect.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    inspect.add_argument("other", metavar="OTHER", nargs="?", help="a second one, to compare with")
+    inspect.add_argument(
+        "--base", help="base model: for sizes relative to its weights, and to measure a blend"
+    )
+    inspect.add_argument("--out", help="folder for pictures and every number as JSON")
+
     targets = command("targets", _targets, "show what an adapter would train; loads no weights")
     targets.add_argument(
         "model",
@@ -306,6 +314,12 @@ def _targets(args: argparse.Namespace) -> int:
     for line in lines(args.model, args.targets, args.r, args.inner_r, args.modules):
         print(line)
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nora_diffusion.evaluation.inspection_command import show
+
+    return show(args)
 
 
 def _plan(args: argparse.Namespace) -> int:

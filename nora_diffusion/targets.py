@@ -34,7 +34,8 @@ _ADAPTER = "targets"
 _KEYWORDS = ("attention", "all-linear")
 _ALLOWED = (
     f'the name of a shipped config such as "mini" or "sd15", one of {", ".join(SHAPES)}, '
-    "a Hugging Face id, a diffusers folder or .safetensors file, a transformers folder or its config.json, or a .gguf file"
+    "a Hugging Face id, a diffusers folder or .safetensors file, a transformers folder or its "
+    "config.json, or a .gguf file"
 )
 
 Targets = str | list[str]

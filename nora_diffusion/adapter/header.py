@@ -96,8 +96,13 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
 
 
 def size_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that `write` would make; the tensors may be on the meta device."""
-    table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUM_KEY: "0" * 64}}
+    """Bytes of a file of these tensors, which may be on the meta device.
+
+    Args:
+        tensors: by name.
+        metadata: all of it; `write` adds `CHECKSUM_KEY` with 64 letters.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     # The library's order: it decides where a tensor lies, so how many digits its place has.
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from nora_diffusion import __version__
 from nora_diffusion.adapter import NoraConfig, NoraLayer, deferred_factors, iter_nora_layers
 from nora_diffusion.adapter.components import plain_name, restored
-from nora_diffusion.adapter.header import size_of
+from nora_diffusion.adapter.header import CHECKSUM_KEY, size_of
 from nora_diffusion.adapter.keys import Dialect
 from nora_diffusion.adapter.lora_file import encode as encode_lora
 from nora_diffusion.adapter.native import Component, ModulePair, NativeAdapter
@@ -72,7 +72,9 @@ class Counted:
     lora_bytes: dict[str, int]
 
 
-def methods(targets: list[Target], r: int, inner_r: int, lora_r: int, xs_r: int | None) -> list:
+def methods(
+    targets: list[Target], r: int, inner_r: int, lora_r: int, xs_r: int | None
+) -> list[Method]:
     """The three methods; without a rank of its own LoRA-XS trains about what NoRA does."""
     mean = sum(target.nora for target in targets) / len(targets)
     return [
@@ -180,7 +182,8 @@ def _native_bytes(choice: Choice, layers: dict[str, NoraLayer], dtype: torch.dty
     }
     about = {"base": None, "versions": versions}
     adapter = NativeAdapter({_component(choice): component}, portable=False, about=about)
-    return size_of(*encode_native(adapter))
+    tensors, metadata = encode_native(adapter)
+    return size_of(tensors, {**metadata, CHECKSUM_KEY: "0" * 64})
 
 
 def _component(choice: Choice) -> str:

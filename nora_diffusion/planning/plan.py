@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from nora_diffusion.adapter.factors import factorise_flops
 from nora_diffusion.families.base import DTYPES
 from nora_diffusion.planning.methods import TRAINED_BYTES, Counted, Method, adapted, count, methods
 from nora_diffusion.planning.steps import StepBytes, inputs_of, run_step
-from nora_diffusion.settings import UserError
 from nora_diffusion.targets import Choice, Target, choices_of, find_targets, parse_targets
 from nora_diffusion.train.live_memory import bytes_of
 

@@ -59,9 +59,7 @@ class StepBytes:
         )
 
 
-def inputs_of(
-    choice: Choice, batch: int, tokens: int, resolution_px: int | None
-) -> Inputs | str:
+def inputs_of(choice: Choice, batch: int, tokens: int, resolution_px: int | None) -> Inputs | str:
     """A step's inputs, or why none can be made for this model."""
     if choice.family is not None:
         return _diffusion_inputs(choice.family, batch, resolution_px)

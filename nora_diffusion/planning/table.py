@@ -82,12 +82,15 @@ def amount(size: float) -> str:
 
 def _cells(plan: Plan, speed: Speed) -> Iterator[tuple[str, Sequence[str]]]:
     rows = plan.rows
-    xs = [row.method.name == "LoRA-XS" for row in rows]
+    marks = [" (1)" if row.method.name == "LoRA-XS" else "" for row in rows]
     yield "trained parameters", [f"{row.counted.trained:,}" for row in rows]
     yield "  of the model", [_percent(row.counted.trained, plan.parameters) for row in rows]
     for kind in ("fp16", "fp32"):
-        sizes = [amount(row.counted.file_bytes[kind]) for row in rows]
-        yield f"adapter file, {kind}", [f"{s} (1)" if x else s for s, x in zip(sizes, xs, strict=True)]
+        sizes = (amount(row.counted.file_bytes[kind]) for row in rows)
+        yield (
+            f"adapter file, {kind}",
+            [size + mark for size, mark in zip(sizes, marks, strict=True)],
+        )
     yield "as a LoRA file, fp16", [amount(row.counted.lora_bytes["fp16"]) for row in rows]
     yield "outer factors", [amount(row.counted.outer_bytes) for row in rows]
     once = [_flop(plan.factorise_flops), _duration(speed.seconds(plan.factorise_flops))]
@@ -106,8 +109,8 @@ def _notes(plan: Plan, speed: Speed) -> Iterator[str]:
         reasons = dict.fromkeys(row.step for row in plan.rows if isinstance(row.step, str))
         yield f"  a step is unknown: {'; '.join(reasons)}"
     yield (
-        f"  factorisation time: an estimate for {speed.cores} cores of this machine, from one small "
-        f"weight at {speed.flops / 1e9:.1f} GFLOP/s; a core holds up to "
+        f"  factorisation time: an estimate for {speed.cores} core(s) of this machine, from one "
+        f"small weight at {speed.flops / 1e9:.1f} GFLOP/s; a core holds up to "
         f"{amount(plan.factorise_bytes)} (a weight in float64)"
     )
     yield "  (1) the trained numbers alone: no program has a file format for it"
