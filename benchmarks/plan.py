@@ -179,7 +179,7 @@ def compare(source: str, asked: Request) -> dict[str, Any]:
     """Plan and measurement of one model side by side, and the largest difference in percent."""
     plan = make_plan(source, asked)
     said, real = planned(plan), measure(source, plan, asked)
-    seconds = measure_speed(asked.r).flops
+    seconds = measure_speed(plan).flops
     methods: dict[str, Any] = {}
     for name, numbers in said.items():
         rows = {

@@ -43,8 +43,17 @@ _PROJECTIONS = (
     ("v", r"(to_|add_)?(v|value)(_\w+)?"),
     ("out", r"(to_)?(o|out|dense|c_proj|proj)(_\w+)?|to_add_out"),
 )
+_ORDER = (
+    ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out"),
+    ("q", "k", "v", "out"),
+)
+"""What runs in this order, whatever the alphabet says."""
 _SHORT = (
-    (r"^(base_model\.)?(model\.)+|^transformer\.(?=h\.)|text_model\.|encoder\.(?=layers)", ""),
+    (r"^(unet|transformer|model)\.", ""),
+    (r"^(base_model\.)?(model\.)+|^transformer\.(?=h\.)", ""),
+    (r"^text_encoder", "te"),
+    (r"(?<=\.)(text_model|encoder)\.(?=encoder|layers)", ""),
+    (r"(?<=\.)encoder\.(?=layers)", ""),
     (r"single_transformer_blocks\.", "single"),
     (r"transformer_blocks\.", "t"),
     (r"down_blocks\.", "down"),
@@ -57,8 +66,6 @@ _SHORT = (
     (r"to_out\.0$", "out"),
     (r"to_(?=[qkv]$)", ""),
     (r"_proj$", ""),
-    (r"^text_encoder", "te"),
-    (r"^(unet|transformer|model)\.", ""),
 )
 
 
@@ -236,18 +243,20 @@ def projection_of(module: str) -> str:
 
 def shortened(name: str) -> str:
     """A module's name, short enough for the axis of a picture."""
-    for pattern, short in reversed(_SHORT):
+    for pattern, short in _SHORT:
         name = re.sub(pattern, short, name)
-    return name.replace("transformer_blocks", "t")
+    return name
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts numbers in a name by their value, and a UNet's blocks in the order they run."""
-    order = {"down_blocks": "0", "mid_block": "1", "up_blocks": "2"}
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, order.get(part, part))
-        for part in name.split(".")
-    ]
+    """Sorts numbers in a name by their value, and blocks and projections as they run."""
+    keys = []
+    for part in name.split("."):
+        plain = part.removeprefix("to_").removesuffix("_proj")
+        order = next((row for row in _ORDER if plain in row), None)
+        known = None if order is None else (order[0], order.index(plain))
+        keys.append((0, "", int(part)) if part.isdigit() else (1, *(known or (part, 0))))
+    return keys
 
 
 def _core(place: str, component: Component, pair: ModulePair, factors: Factors | None) -> Tensor:

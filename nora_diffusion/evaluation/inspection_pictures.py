@@ -46,11 +46,8 @@ def draw_overlap(overlap: Overlap, names: tuple[str, str], folder: Path) -> Path
     figure, axes = pyplot.subplots(
         1, 3, figsize=(12, height), sharey=True, layout="constrained", width_ratios=(2, 2, 1.4)
     )
-    kinds = (
-        ("output", [p.output_angles for p in pairs]),
-        ("input", [p.input_angles for p in pairs]),
-    )
-    for axis, (side, angles) in zip(axes, kinds, strict=False):
+    outputs, inputs = [p.output_angles for p in pairs], [p.input_angles for p in pairs]
+    for axis, side, angles in ((axes[0], "output", outputs), (axes[1], "input", inputs)):
         for row, found in enumerate(angles):
             axis.scatter(found, [row] * len(found), s=14, color="tab:blue", alpha=0.6, linewidths=0)
             if found:
@@ -58,9 +55,8 @@ def draw_overlap(overlap: Overlap, names: tuple[str, str], folder: Path) -> Path
         axis.set(xlim=(-3, 93), xlabel="degrees", title=f"principal angles, {side} directions")
         axis.grid(axis="x", alpha=0.3)
     cosines = [pair.cosine for pair in pairs]
-    axes[2].barh(
-        range(len(pairs)), cosines, color=["tab:red" if c < 0 else "tab:blue" for c in cosines]
-    )
+    colours = ["tab:red" if cosine < 0 else "tab:blue" for cosine in cosines]
+    axes[2].barh(range(len(pairs)), cosines, color=colours)
     limit = max(0.05, 1.1 * max(abs(c) for c in cosines))
     axes[2].set(xlim=(-limit, limit), xlabel="cosine", title="cosine of the two updates")
     axes[2].axvline(0, color="black", linewidth=0.8)
@@ -96,7 +92,7 @@ def _energy(pyplot: Any, found: Inspection, path: Path) -> Path:
     axes[2].set(
         xlabel="singular index (0: the weight's largest)",
         ylabel="% of the energy",
-        title="by singular index, all modules",
+        title="by singular index (small modules have fewer)",
     )
     axes[2].legend()
     axes[2].grid(alpha=0.3)

@@ -64,7 +64,7 @@ def _prompt(about: dict[str, Any]) -> str:
 
 
 def _answer(family: Family, pipe: Any, names: tuple[str, ...], prompt: str, samples: int) -> Tensor:
-    """The denoiser's output under some adapters, the same latents, noise and timesteps each time."""
+    """The denoiser's output under some adapters: on the same latents, noise and timesteps."""
     set_weights(pipe, dict.fromkeys(names, 1.0))
     side = family.resolution_px
     framing = Framing(original_px=(side, side), crop_px=(0, 0), target_px=(side, side))

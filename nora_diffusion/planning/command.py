@@ -23,12 +23,11 @@ def show(args: argparse.Namespace) -> int:
         resolution_px=args.resolution,
     )
     if args.json:
-        speed = measure_speed(asked.r)
-        found = [table.as_json(make_plan(model, asked), speed) for model in args.models]
-        print(json.dumps(found, indent=2))
+        plans = [make_plan(model, asked) for model in args.models]
+        print(json.dumps([table.as_json(plan, measure_speed(plan)) for plan in plans], indent=2))
     elif len(args.models) == 1:
         plan = make_plan(args.models[0], asked)
-        print("\n".join(table.lines(plan, measure_speed(asked.r))))
+        print("\n".join(table.lines(plan, measure_speed(plan))))
     else:
         print("\n".join(table.head()))
         for model in args.models:

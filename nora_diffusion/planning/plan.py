@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ from nora_diffusion.planning.steps import StepBytes, inputs_of, run_step
 from nora_diffusion.targets import Choice, Target, choices_of, find_targets, parse_targets
 from nora_diffusion.train.live_memory import bytes_of
 
-_CALIBRATION = 1024
-"""Side of the square weight that is factorised to see how fast this machine is."""
+_CALIBRATION = 2048
+"""Largest side of the weight that is factorised to see how fast this machine is."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,17 @@ def make_plan(source: str, asked: Request) -> Plan:
     )
 
 
-def measure_speed(r: int) -> Speed:
-    """Factorise a small random weight on one core."""
-    weight = torch.randn(_CALIBRATION, _CALIBRATION, generator=torch.Generator().manual_seed(0))
+def measure_speed(plan: Plan) -> Speed:
+    """Factorise one random weight on one core: of the shape with most of the work, if not larger.
+
+    The rate depends on the shape: it is several times lower where all weights are small.
+    """
+    r = plan.rows[-1].method.r
+    work: dict[tuple[int, int], float] = defaultdict(float)
+    for target in plan.targets:
+        work[target.shape] += factorise_flops(*target.shape, r)
+    rows, columns = (min(side, _CALIBRATION) for side in max(work, key=lambda shape: work[shape]))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -170,7 +178,7 @@ def measure_speed(r: int) -> Speed:
     finally:
         torch.set_num_threads(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Speed(factorise_flops(_CALIBRATION, _CALIBRATION, r) / elapsed, cores or 1)
+    return Speed(factorise_flops(rows, columns, r) / elapsed, cores or 1)
 
 
 def _not_adapted(choice: Choice) -> dict[str, tuple[int, int]]:

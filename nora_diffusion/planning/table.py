@@ -110,7 +110,7 @@ def _notes(plan: Plan, speed: Speed) -> Iterator[str]:
         yield f"  a step is unknown: {'; '.join(reasons)}"
     yield (
         f"  factorisation time: an estimate for {speed.cores} core(s) of this machine, from one "
-        f"small weight at {speed.flops / 1e9:.1f} GFLOP/s; a core holds up to "
+        f"weight at {speed.flops / 1e9:.1f} GFLOP/s; a core holds up to "
         f"{amount(plan.factorise_bytes)} (a weight in float64)"
     )
     yield "  (1) the trained numbers alone: no program has a file format for it"

@@ -169,15 +169,15 @@ def test_the_prediction_orders_blends_as_the_denoiser_does(tmp_path):
     """On mini: from a direction undone over none in common to the same one twice."""
     mini = load_pipeline("mini")
     names = [name for name, _ in mini.unet.named_modules() if name.endswith("to_out.0")]
-    own = {(0, 0): 20.0, (1, 1): 20.0}
+    own = {(0, 0): 0.5, (1, 1): 0.5}
     own = [Plant(name, own) for name in names]
     first = planted(mini, tmp_path / "a.safetensors", *own)
     others = {
-        "undone": {(0, 0): -20.0, (1, 1): -20.0},
-        "half undone": {(0, 0): -20.0, (1, 6): 20.0},
-        "other directions": {(4, 5): 20.0, (5, 4): 20.0},
-        "half the same": {(0, 0): 20.0, (6, 1): 20.0},
-        "the same": {(0, 0): 20.0, (1, 1): 20.0},
+        "undone": {(0, 0): -0.5, (1, 1): -0.5},
+        "half undone": {(0, 0): -0.5, (1, 6): 0.5},
+        "other directions": {(4, 5): 0.5, (5, 4): 0.5},
+        "half the same": {(0, 0): 0.5, (6, 1): 0.5},
+        "the same": {(0, 0): 0.5, (1, 1): 0.5},
     }
     predicted, measured = [], []
     for name, entries in others.items():
@@ -185,11 +185,10 @@ def test_the_prediction_orders_blends_as_the_denoiser_does(tmp_path):
         second = planted(mini, tmp_path / f"{name}.safetensors", *plants)
         predicted.append(compare(inspect(first), inspect(second)).interference[0])
         measured.append(measure_interference(first, second, "mini", samples=4)[0])
-    print(predicted, measured)
     assert predicted == pytest.approx([-1, -0.5, 0, 0.5, 1], abs=1e-3)
     assert measured == sorted(measured)
     assert measured[0] == pytest.approx(-1, abs=1e-3)
-    assert abs(measured[2]) < 0.25 < measured[4]
+    assert abs(measured[2]) < 0.2 and measured[4] > 0.7
 
 
 def test_a_lora_file_and_a_file_that_is_not_there_are_refused(pipe, modules, tmp_path, capsys):
@@ -266,6 +265,6 @@ def test_an_inspected_file_still_loads(pipe, modules, tmp_path):
     before = file.read_bytes()
     inspect(file, pipe)
     assert file.read_bytes() == before
-    assert not any(True for _ in iter_nora_layers(pipe.unet))
+    assert not any(layer.nora_outer for _, layer in iter_nora_layers(pipe.unet))
     assert load_adapter(pipe, file, "again") > 0
     pipe.unet.delete_adapters("again")
