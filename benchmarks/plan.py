@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--models mini sd15 smollm2_135m]
 
 Random weights in float32, the attention projections, one sample of 512 tokens or of the model's own
-resolution (SD 1.5 at 256 px). Measured: trained numbers, bytes of the written files, of the outer
+resolution (SD 1.5 at 128 px). Measured: trained numbers, bytes of the written files, of the outer
 factors, of AdamW's state after a step, and of what autograd keeps in a forward pass; LoRA by PEFT,
 LoRA-XS by PEFT's PSOFT without its constraints, NoRA by this package. CPU seconds of NoRA's
 factorisation stand beside the estimate. Writes benchmarks/results/plan.json.
@@ -39,7 +39,7 @@ from nora_diffusion.planning.steps import StepBytes
 from nora_diffusion.targets import Choice, choices_of
 from nora_diffusion.train.live_memory import LiveMemory, bytes_of
 
-MODELS = {"mini": {}, "sd15": {"resolution_px": 256}, "smollm2_135m": {"tokens": 512}}
+MODELS = {"mini": {}, "sd15": {"resolution_px": 128}, "smollm2_135m": {"tokens": 512}}
 NAME = "default"
 
 
@@ -49,7 +49,10 @@ def measure(source: str, plan: Plan, asked: Request) -> dict[str, dict[str, Any]
     loss = real_step(choice, asked)
     choice.model.requires_grad_(False)
     found: dict[str, dict[str, Any]] = {}
+    transposed = any(isinstance(module, Conv1D) for module in choice.model.modules())
     for row in plan.rows:
+        if transposed and row.method.name == "LoRA-XS":
+            continue  # PSOFT takes nn.Linear alone
         with restored([choice.model], NAME, always=True):
             found[row.method.name] = measure_method(choice, row.method, plan, loss)
         gc.collect()
@@ -97,7 +100,7 @@ def config_of(method: Method, model: nn.Module, names: list[str]) -> PeftConfig:
     if method.name == "LoRA-XS":
         return PsoftConfig(
             r=method.r, psoft_alpha=method.r, target_modules=names, psoft_orth=False,
-            psoft_mag_a=False, psoft_mag_b=False, fan_in_fan_out=transposed,
+            psoft_mag_a=False, psoft_mag_b=False, psoft_svd="lowrank", fan_in_fan_out=transposed,
         )  # fmt: skip
     return NoraConfig(r=method.r, inner_r=method.inner_r, target_modules=names)
 
@@ -140,7 +143,7 @@ def real_step(choice: Choice, asked: Request) -> Callable[[], Tensor]:
     if choice.family is None:
         torch.manual_seed(0)
         model.__dict__.update(type(model)(model.config).__dict__)  # pyright: ignore
-        ids = torch.randint(0, 1000, (asked.batch, asked.tokens), generator=draw)
+        ids = torch.randint(0, model.config.vocab_size, (asked.batch, asked.tokens), generator=draw)
         return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # pyright: ignore
     family, parts = choice.family, choice.family.components
     side = asked.resolution_px or family.resolution_px
@@ -182,6 +185,8 @@ def compare(source: str, asked: Request) -> dict[str, Any]:
     seconds = measure_speed(plan).flops
     methods: dict[str, Any] = {}
     for name, numbers in said.items():
+        if name not in real:
+            continue
         rows = {
             key: {
                 "plan": value,

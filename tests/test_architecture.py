@@ -60,6 +60,9 @@ MAY_IMPORT = {
     "planning": BASE | {"adapter", "families", "planning", "targets", "train"},
     "sheets": set(),
     "evaluation": BASE | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data"},
+    "evaluation.overlap": BASE | {"evaluation.inspection"},
+    "evaluation.inspection_pictures": BASE | {"evaluation"},
+    "evaluation.inspection_command": BASE | {"adapter", "evaluation"},
     "train": BASE
     | {
         "adapter",

@@ -133,8 +133,12 @@ def count(choice: Choice, method: Method) -> Counted:
 
 def _add_lora(model: nn.Module, names: list[str], r: int) -> None:
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
-    config = LoraConfig(r=r, target_modules=names, fan_in_fan_out=transposed)
-    inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=True)
+    # In a holder without config: of a mixture of experts that it knows, PEFT would put layers on
+    # the fused experts in place of the linear layers that are named.
+    holder = nn.ModuleDict({"held": model})
+    targets = [f"held.{name}" for name in names]
+    config = LoraConfig(r=r, target_modules=targets, fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, holder, _NAME, low_cpu_mem_usage=True)
     for module in model.modules():
         if isinstance(module, LoraLayer):  # as PEFT does where there are weights
             dtype = cast(Any, module.get_base_layer()).weight.dtype

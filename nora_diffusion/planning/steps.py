@@ -81,6 +81,9 @@ def run_step(model: nn.Module, inputs: Inputs) -> StepBytes | str:
     model.train()
     try:
         groups = list(_repeated(model))
+        runs = [2 * len(groups), *(2 * len(groups) + 1 for _ in groups)]
+        if sum(runs) >= sum(len(group.places) for group in groups):
+            return _run(model, inputs)
         with _shortened(groups, None):
             total = few = _run(model, inputs)
         for group in groups:
