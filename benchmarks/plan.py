@@ -138,13 +138,14 @@ def file_bytes(choice: Choice, method: Method, folder: Path) -> dict[str, int]:
 
 def real_step(choice: Choice, asked: Request) -> Callable[[], Tensor]:
     """Random weights in the model, and the loss of a step on random inputs."""
-    cpu, model = torch.device("cpu"), choice.model
+    cpu = torch.device("cpu")
+    model: Any = choice.model
     draw = torch.Generator().manual_seed(1)
     if choice.family is None:
         torch.manual_seed(0)
-        model.__dict__.update(type(model)(model.config).__dict__)  # pyright: ignore
+        model.__dict__.update(type(model)(model.config).__dict__)
         ids = torch.randint(0, model.config.vocab_size, (asked.batch, asked.tokens), generator=draw)
-        return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # pyright: ignore
+        return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
     family, parts = choice.family, choice.family.components
     side = asked.resolution_px or family.resolution_px
     with torch.no_grad(), LiveMemory():  # it answers for values that are not there

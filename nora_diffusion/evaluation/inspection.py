@@ -8,7 +8,7 @@ orthonormal, so ``|U C V|^2 = |C|^2``: energies need no base model.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,7 +144,7 @@ class Inspection:
 
     def by(self, attribute: Literal["block", "projection"]) -> dict[str, float]:
         """Energy by block or by projection, in the order of the modules."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for module in self.modules:
             found[getattr(module, attribute)] += module.energy
         return dict(found)
@@ -160,12 +160,12 @@ class Inspection:
         return sorted(found, key=lambda entry: -entry["share"])[:count]
 
 
-def inspect(run_or_file: str | Path, base: str | None = None) -> Inspection:
+def inspect(run_or_file: str | Path, base: Any = None) -> Inspection:
     """Read what an adapter moved.
 
     Args:
         run_or_file: run folder or native file.
-        base: its base model, as `load_pipeline` takes it, for what the file does not hold: sizes
+        base: its base model, loaded or as `load_pipeline` takes it, for what the file does not hold: sizes
             relative to the weights, outer factors, singular values.
 
     Raises:
@@ -296,7 +296,7 @@ def _factors_at_hand(component: Component, pair: ModulePair, module: str) -> Fac
 
 
 def _of_base(
-    path: Path, adapter: NativeAdapter, base: str
+    path: Path, adapter: NativeAdapter, base: Any
 ) -> dict[tuple[str, str], tuple[Factors, float]]:
     """Outer factors and norms of the weights, by component and module."""
     targets = components_of(open_base(base, adapter))

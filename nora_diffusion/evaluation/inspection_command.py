@@ -109,18 +109,17 @@ def overlap_summary(
     yield f"modules in both: {len(overlap.pairs)}"
     yield f"cosine of the updates: {overlap.cosine:+.3f}"
     yield f"share of B in the directions of A: {100 * overlap.shared:.1f} %"
-    names = ("predicted", *(() if measured is None else ("measured",)))
-    for name, values in zip(names, (overlap.interference, measured), strict=False):
-        assert values is not None
-        yield (
-            f"{name} change of an effect when blended: A's {values[0]:+.3f}, B's {values[1]:+.3f}"
-            + ("  (0: none, 1: doubled, -1: undone)" if name == "predicted" else "")
-        )
+    yield "change of each one's own effect when blended (0: none, 1: doubled, -1: undone):"
+    first_one, second_one = overlap.interference
+    yield f"  predicted  A {first_one:+.3f}  B {second_one:+.3f}"
+    if measured is not None:
+        yield f"  measured   A {measured[0]:+.3f}  B {measured[1]:+.3f}"
     yield "modules that agree or oppose most (cosine, smallest angle of outputs and of inputs):"
     most = sorted(overlap.pairs, key=lambda pair: -abs(pair.inner))[:_TOP]
     width = max(len(shortened(pair.name)) for pair in most)
     for pair in most:
-        angles = (f"{found[0]:5.1f}°" if found else "    -" for found in _angles(pair))
+        sides = (pair.output_angles, pair.input_angles)
+        angles = (f"{found[0]:5.1f}°" if found else "    -" for found in sides)
         yield f"  {shortened(pair.name):{width}}  {pair.cosine:+.3f}  {'  '.join(angles)}"
 
 
@@ -150,10 +149,6 @@ def overlap_json(
             for pair in overlap.pairs
         ],
     }
-
-
-def _angles(pair: Any) -> tuple[list[float], list[float]]:
-    return pair.output_angles, pair.input_angles
 
 
 def _measure(first: Inspection, second: Inspection, base: str | None) -> tuple[float, float] | None:
