@@ -81,6 +81,9 @@ def measure_method(
     trained = [p for p in model.parameters() if p.requires_grad]
     found["trained"] = sum(p.numel() for p in trained)
     found["kept_bytes"] = bytes_saved(model, loss)
+    # Before the step: on random weights it may well end in NaN, which no file may hold.
+    with tempfile.TemporaryDirectory() as folder:
+        found |= file_bytes(choice, method, Path(folder))
     optimizer = torch.optim.AdamW(trained)
     loss().backward()
     optimizer.step()
@@ -88,8 +91,6 @@ def measure_method(
     found["optimizer_bytes"] = bytes_of(states)
     for parameter in trained:
         parameter.grad = None
-    with tempfile.TemporaryDirectory() as folder:
-        found |= file_bytes(choice, method, Path(folder))
     return found
 
 

@@ -165,8 +165,8 @@ def inspect(run_or_file: str | Path, base: Any = None) -> Inspection:
 
     Args:
         run_or_file: run folder or native file.
-        base: its base model, loaded or as `load_pipeline` takes it, for what the file does not hold: sizes
-            relative to the weights, outer factors, singular values.
+        base: its base model, loaded or as `load_pipeline` takes it, for what the file does not
+            hold: sizes relative to the weights, outer factors, singular values.
 
     Raises:
         UserError: there is no such adapter, the file is damaged or a LoRA file, it does not fit the
