@@ -37,8 +37,8 @@ def show(args: argparse.Namespace) -> int:
     if args.other is None:
         files, name = draw(found, folder), "inspection.json"
     else:
-        names = (str(found.path), str(other.path))
-        files, name = [draw_overlap(overlap, names, folder)], "overlap.json"
+        files = [draw_overlap(overlap, (found.path, other.path), folder)]
+        name = "overlap.json"
     write_atomically(folder / name, (json.dumps(numbers, indent=1) + "\n").encode())
     print("\n".join(str(file) for file in (*files, folder / name)))
     return 0

@@ -34,7 +34,7 @@ def draw(found: Inspection, folder: Path) -> list[Path]:
     return files
 
 
-def draw_overlap(overlap: Overlap, names: tuple[str, str], folder: Path) -> Path:
+def draw_overlap(overlap: Overlap, files: tuple[Path, Path], folder: Path) -> Path:
     """Write `overlap.png`.
 
     Raises:
@@ -64,7 +64,7 @@ def draw_overlap(overlap: Overlap, names: tuple[str, str], folder: Path) -> Path
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
     first, second = overlap.interference
     figure.suptitle(
-        f"A: {names[0]}\nB: {names[1]}\npredicted change of A's own effect {first:+.2f}, "
+        f"A: {_told(files[0])}\nB: {_told(files[1])}\npredicted change of A's own effect {first:+.2f}, "
         f"of B's {second:+.2f}; red: smallest angle",
         fontsize=10,
     )
@@ -96,7 +96,7 @@ def _energy(pyplot: Any, found: Inspection, path: Path) -> Path:
     )
     axes[2].legend()
     axes[2].grid(alpha=0.3)
-    figure.suptitle(f"{found.path}: |ΔW| = {found.energy**0.5:.4g}", fontsize=10)
+    figure.suptitle(f"{_told(found.path)}: |ΔW| = {found.energy**0.5:.4g}", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
@@ -126,10 +126,15 @@ def _directions(
     _label_rows(axes[0], [module.name for module in rows])
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 8 / (0.17 * len(rows) + 1)), pad=0.01)
     bar.set_label("energy of ΔW in the direction (log scale; darkest: that or less)")
-    figure.suptitle(f"{source}: which singular directions of each weight moved", fontsize=10)
+    figure.suptitle(f"{_told(source)}: which singular directions of each weight moved", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
+
+
+def _told(path: Path) -> str:
+    """A file by its name and that of its folder, which names a run."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def _summed(modules: Sequence[Moved], side: Side) -> np.ndarray:
