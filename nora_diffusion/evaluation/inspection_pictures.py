@@ -64,8 +64,8 @@ def draw_overlap(overlap: Overlap, files: tuple[Path, Path], folder: Path) -> Pa
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
     first, second = overlap.interference
     figure.suptitle(
-        f"A: {_told(files[0])}\nB: {_told(files[1])}\npredicted change of A's own effect {first:+.2f}, "
-        f"of B's {second:+.2f}; red: smallest angle",
+        f"A: {_told(files[0])}\nB: {_told(files[1])}\nred: smallest angle; predicted change of "
+        f"A's own effect {first:+.2f}, of B's {second:+.2f}",
         fontsize=10,
     )
     path = folder / "overlap.png"
