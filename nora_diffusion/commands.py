@@ -94,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--base", help="base model to check the recorded fingerprints against")
     info.add_argument("--json", action="store_true", help="everything, as JSON")
 
+    inspect = command("inspect", _inspect, "show what an adapter moved, or how two overlap")
+    inspect.add_argument("source", metavar="RUN_OR_FILE", help=where)
+    inspect.add_argument("other", metavar="OTHER", nargs="?", help="a second one, to compare with")
+    inspect.add_argument(
+        "--base", help="base model: for sizes relative to its weights, and to measure a blend"
+    )
+    inspect.add_argument("--out", help="folder for pictures and every number as JSON")
+
     targets = command("targets", _targets, "show what an adapter would train; loads no weights")
     targets.add_argument(
         "model",
@@ -110,9 +118,33 @@ def _parser() -> argparse.ArgumentParser:
         help="attention, all-linear, names or endings of modules, or one regular expression "
         "(default: all that has a name in the settings)",
     )
-    targets.add_argument("--r", type=_positive, default=64, help="outer rank (default 64)")
-    targets.add_argument("--inner-r", type=_positive, default=8, help="inner rank (default 8)")
     targets.add_argument("--modules", action="store_true", help="name every module")
+
+    plan = command("plan", _plan, "show what adapters would cost on a model; loads no weights")
+    plan.add_argument(
+        "models", metavar="MODEL", nargs="+", help="as of nora targets; several: one table"
+    )
+    plan.add_argument(
+        "--targets", metavar="T", nargs="+", default=("attention",), help="as of nora targets"
+    )
+    for subparser in (targets, plan):
+        subparser.add_argument("--r", type=_positive, default=64, help="outer rank (default 64)")
+        subparser.add_argument(
+            "--inner-r", type=_positive, default=8, help="inner rank (default 8)"
+        )
+    plan.add_argument("--lora-r", type=_positive, default=16, help="rank of LoRA (default 16)")
+    plan.add_argument(
+        "--lora-xs-r", type=_positive, help="rank of LoRA-XS (default: trains about what NoRA does)"
+    )
+    plan.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="(bf16)")
+    plan.add_argument("--batch", type=_positive, default=1, help="samples a step (default 1)")
+    plan.add_argument(
+        "--tokens", type=_positive, default=512, help="of a text, language models (default 512)"
+    )
+    plan.add_argument(
+        "--resolution", type=_positive, help="in px, diffusion models (default: the model's own)"
+    )
+    plan.add_argument("--json", action="store_true", help="every number, as JSON")
 
     command("llm", lambda _: 0, "fine-tune a language model (nora llm --help)")
     score = command("llm-eval", _llm_eval, "score a language model on questions with options")
@@ -327,6 +359,18 @@ def _targets(args: argparse.Namespace) -> int:
     for line in lines(args.model, args.targets, args.r, args.inner_r, args.modules):
         print(line)
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from nora_diffusion.evaluation.inspection_command import show
+
+    return show(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nora_diffusion.planning.command import show
+
+    return show(args)
 
 
 def _campaign(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from nora_diffusion.adapter import NoraConfig, deferred_factors, iter_nora_layers
 from nora_diffusion.adapter.components import plain_name, restored
 from nora_diffusion.config import DreamboothConfig, UserError, shipped_configs
-from nora_diffusion.families import locate
+from nora_diffusion.families import ASSETS, locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
@@ -27,11 +27,15 @@ from nora_diffusion.settings import read_toml
 LORA_RANK = 16
 """Of the LoRA whose size stands beside."""
 
+SHAPES = ("smollm2_135m", "llama3_8b", "llama3_70b", "gpt3_175b", "moe_1t")
+"""Language models whose configs come with this package: `assets/shapes/README.md`."""
+
 _ADAPTER = "targets"
 _KEYWORDS = ("attention", "all-linear")
 _ALLOWED = (
-    'the name of a shipped config such as "mini" or "sd15", a Hugging Face id, a diffusers folder '
-    "or .safetensors file, a transformers folder or its config.json, or a .gguf file"
+    f'the name of a shipped config such as "mini" or "sd15", one of {", ".join(SHAPES)}, '
+    "a Hugging Face id, a diffusers folder or .safetensors file, a transformers folder or its "
+    "config.json, or a .gguf file"
 )
 
 Targets = str | list[str]
@@ -46,12 +50,14 @@ class Choice:
         model: the model, on the meta device.
         targets: its modules, as ``NoraConfig.target_modules``.
         required: the user asked for this very choice, so that finding nothing is an error.
+        family: what the model is part of, where it is a part of a diffusion model.
     """
 
     name: str
     model: nn.Module
     targets: Targets
     required: bool = False
+    family: Family | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def lines(
     Raises:
         UserError: there is no such model, or nothing in it fits ``given``.
     """
-    for choice in choices_of(source, _parse(given)):
+    for choice in choices_of(source, parse_targets(given)):
         found = find_targets(choice, r, inner_r)
         if not found:
             yield f"{choice.name}: no modules"
@@ -108,23 +114,26 @@ def lines(
                 yield from (f"        {target.name}" for target in members)
 
 
-def choices_of(source: str, given: Targets | None = None) -> Iterator[Choice]:
-    """What can be adapted in a model, or what is ``given`` in each of its parts.
+def choices_of(
+    source: str, given: Targets | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[Choice]:
+    """What can be adapted in a model of a number format, or what is ``given`` in its main part.
 
     Raises:
         UserError: there is no such model.
     """
     folder = _transformers_source(source)
     if folder is not None:
-        model = _empty_model(folder, source)
+        model = _empty_model(folder, source).to(dtype)
         for targets in _KEYWORDS if given is None else (given,):
             yield Choice(_told(targets), model, targets, required=given is not None)
         return
     with quiet_loading():
-        family: Family = skeleton(_base_of(source), torch.float32)
+        family: Family = skeleton(_base_of(source), dtype)
     parts = family.components
     if given is not None:
-        yield Choice(f"{parts.denoiser_name}, {_told(given)}", parts.denoiser, given, required=True)
+        told = f"{parts.denoiser_name}, {_told(given)}"
+        yield Choice(told, parts.denoiser, given, required=True, family=family)
         return
     for name, endings in family.targets.items():
         yield Choice(f"{parts.denoiser_name}, {name}", parts.denoiser, list(endings))
@@ -162,7 +171,7 @@ def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
         ]
 
 
-def _parse(given: Sequence[str]) -> Targets | None:
+def parse_targets(given: Sequence[str]) -> Targets | None:
     """`target_modules` from the command line; one value is an expression if no name looks so."""
     if not given:
         return None
@@ -190,6 +199,8 @@ def _transformers_source(source: str) -> Path | None:
     Raises:
         UserError: neither of the two is there.
     """
+    if source in SHAPES:
+        return ASSETS / "shapes" / source
     path = Path(source).expanduser()
     if path.name == "config.json" and path.is_file():
         path = path.parent

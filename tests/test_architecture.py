@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
     "targets": BASE | {"adapter", "families"},
+    "planning": BASE | {"adapter", "families", "planning", "targets", "train"},
     "sheets": set(),
     "evaluation": BASE
     | {"adapter", "families", "denoiser_hooks", "sampling", "sheets", "data", "evaluation"},
@@ -91,6 +92,7 @@ MAY_IMPORT = {
         "denoiser_hooks",
         "sampling",
         "targets",
+        "planning",
         "data",
         "evaluation",
         "train",

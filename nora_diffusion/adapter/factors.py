@@ -261,6 +261,25 @@ def _singular_triplets(matrix: Tensor, r: int, seed: int) -> tuple[Tensor, Tenso
     return left * signs, values, right * signs[:, None]
 
 
+def factorise_flops(rows: int, columns: int, r: int) -> float:
+    """Multiplications and additions of `factorise` on a weight ``(rows, columns)``, in float64.
+
+    Counted are the products with the weight; where the weight is small enough for the exact SVD,
+    LAPACK's as Golub and Van Loan (2013, figure 8.6.1) count it. What is left out, the QR and SVD
+    of blocks of ``r + 8`` columns, is a share of about ``(r + 8) / min(rows, columns)``.
+    """
+    short, long = min(rows, columns), max(rows, columns)
+    if short <= 2 * r:
+        return 6.0 * long * short**2 + 20.0 * short**3
+    products = 2 + 2 * _filter_degree((rows, columns))  # start, two a step, the small factorisation
+    return 2.0 * products * rows * columns * (r + _OVERSAMPLING)
+
+
+def _filter_degree(shape: Sequence[int]) -> int:
+    """Enough to capture 99 % of the energy of Gaussian noise, the flattest spectrum there is."""
+    return 5 if min(shape) <= 1280 else 8
+
+
 def _dominant_subspace(matrix: Tensor, columns: int, seed: int) -> Tensor:
     """Seeded subspace iteration with a Chebyshev filter: ``(out, columns)``, orthonormal.
 
@@ -268,8 +287,7 @@ def _dominant_subspace(matrix: Tensor, columns: int, seed: int) -> Tensor:
     whose spectrum hardly decays. Shifting each iteration by a root of the Chebyshev polynomial on
     ``[0, smallest Ritz value]`` damps exactly the part that is not wanted, at the same cost.
     """
-    # Enough to capture 99 % of the energy of Gaussian noise, the flattest spectrum there is.
-    degree = 5 if min(matrix.shape) <= 1280 else 8
+    degree = _filter_degree(matrix.shape)
     start = _start_matrix(matrix.shape[1], columns, seed, "span").to(matrix)
     span, _ = _orthonormalise(matrix @ start)
     for index in reversed(range(degree)):

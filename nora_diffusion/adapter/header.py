@@ -95,6 +95,25 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     return path
 
 
+def size_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes of a file of these tensors, which may be on the meta device.
+
+    Args:
+        tensors: by name.
+        metadata: all of it; `write` adds `CHECKSUM_KEY` with 64 letters.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    # The library's order: it decides where a tensor lies, so how many digits its place has.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        end = begin + tensor.numel() * tensor.element_size()
+        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        table[name] = {**entry, "data_offsets": [begin, end]}
+        begin = end
+    return len(_as_prefix(table)) + begin
+
+
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the project's metadata entries and all tensors, independent of their order."""
     digest = hashlib.sha256()
@@ -137,9 +156,14 @@ def _reproducible(data: bytes) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     table = json.loads(data[8 : 8 + length])
     table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    return _as_prefix(table) + data[8 + length :]
+
+
+def _as_prefix(table: Mapping[str, Any]) -> bytes:
+    """What a file has before its tensors."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return struct.pack("<Q", len(text)) + text
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -95,6 +95,11 @@ class NativeAdapter:
 
 def write_native(path: Path, adapter: NativeAdapter) -> None:
     """Write a native file atomically."""
+    header.write(path, *encode(adapter))
+
+
+def encode(adapter: NativeAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a native file."""
     tensors: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
     for name, component in adapter.components.items():
@@ -110,7 +115,7 @@ def write_native(path: Path, adapter: NativeAdapter) -> None:
             "fingerprints": component.fingerprints,
         }
     fields = {**adapter.about, "kind": "native", "portable": adapter.portable, "components": table}
-    header.write(path, tensors, header_metadata(fields))
+    return tensors, header_metadata(fields)
 
 
 def header_metadata(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""``nora plan``: what an adapter would cost on a model of any size, from its config alone."""
