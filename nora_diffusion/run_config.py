@@ -22,16 +22,29 @@ Config = TypeVar("Config", bound=RunConfig)
 RUN_CONFIG = "config.toml"
 """Name of the resolved config inside a run folder."""
 
+RECIPES = "recipes"
+"""Folder of the recipes among the shipped configs, which lists of those leave out."""
+
 
 def shipped_configs(command: str) -> dict[str, Path]:
     """The configs for a command that come with the package, by name.
 
     Their first line says which command they are for.
     """
+    return {path.stem: path for path in _shipped("*.toml") if _is_for(command, path)}
+
+
+def shipped_recipes(command: str) -> dict[str, Path]:
+    """The recipes of docs/recipes.md for a command, by name: ``"recipes/..."``."""
+    found = _shipped(f"{RECIPES}/*.toml")
+    return {f"{RECIPES}/{path.stem}": path for path in found if _is_for(command, path)}
+
+
+def _shipped(pattern: str) -> list[Path]:
     package = Path(__file__).parent
     # A wheel carries them inside the package; a checkout keeps them at its top level.
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.toml")) if _is_for(command, path)}
+    return sorted(folder.glob(pattern))
 
 
 def _is_for(command: str, path: Path) -> bool:
@@ -74,18 +87,19 @@ def _lay_over(values: dict[str, Any], choices: Sequence[Choice]) -> dict[str, An
 
 
 def find_config(command: str, source: str | Path) -> Path:
-    """The file behind a path or the name of a shipped config for a command.
+    """The file behind a path or the name of a shipped config or recipe for a command.
 
     Raises:
-        ConfigError: when there is no such file and no shipped config of that name.
+        ConfigError: when there is no such file and nothing shipped of that name.
     """
     shipped = shipped_configs(command)
+    named = shipped | shipped_recipes(command)
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    if str(source) in shipped:
-        return shipped[str(source)]
-    near = difflib.get_close_matches(str(source), shipped, n=1)
+    if str(source) in named:
+        return named[str(source)]
+    near = difflib.get_close_matches(str(source), named, n=1)
     problem = f"CONFIG = {quote(str(source))}: no such file, nor one of {', '.join(shipped)}"
     problem += f"; did you mean {near[0]}?" if near else ""
     raise ConfigError([problem], "the command line")

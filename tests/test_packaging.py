@@ -58,6 +58,8 @@ def test_everything_a_user_needs_travels_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"nora_diffusion/configs/{name}.toml" for name in shipped_configs()} <= names
+    recipes = (ROOT / "configs" / "recipes").glob("*.toml")
+    assert {f"nora_diffusion/configs/recipes/{path.name}" for path in recipes} <= names
     source = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "nora_diffusion").rglob("*")
