@@ -37,7 +37,7 @@ from nora_diffusion.sampling import (
 BUILT_IN = "mini"
 SETTINGS = "settings.json"
 LIVE_CLASSES = frozenset(
-    "animal bear bird boy cat child cow dog duck fish girl hamster horse kitten man parrot person "
+    "bear bird boy cat child cow dog duck fish girl hamster horse kitten man parrot person "
     "puppy rabbit woman".split()
 )
 PICTURES_TOGETHER = 16  # drawn before they are saved

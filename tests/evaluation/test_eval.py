@@ -95,6 +95,7 @@ def test_prompt_lists():
     assert default_prompts("mini", "dog") == "mini"
     assert default_prompts("x/sd15", "corgi dog") == "live"
     assert default_prompts("x/sd15", "teapot") == "object"
+    assert default_prompts("x/sd15", "stuffed animal") == "object"  # as DreamBench has it
 
 
 def test_prompts_of_a_file(tmp_path):
