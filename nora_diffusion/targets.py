@@ -21,7 +21,7 @@ from nora_diffusion.families import ASSETS, locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
-from nora_diffusion.run_config import find_config
+from nora_diffusion.run_config import find_config, shipped_recipes
 from nora_diffusion.settings import read_toml
 
 LORA_RANK = 16
@@ -186,10 +186,11 @@ def _told(targets: Targets) -> str:
 
 
 def _base_of(source: str) -> str:
-    """A base, or that of a shipped config of this name."""
-    if source not in shipped_configs():
+    """A base, or that of a shipped config or recipe of this name."""
+    command = DreamboothConfig.command
+    if source not in shipped_configs() | shipped_recipes(command):
         return source
-    file = find_config(DreamboothConfig.command, source)
+    file = find_config(command, source)
     return str(read_toml(file).get("model", {}).get("base", source))
 
 

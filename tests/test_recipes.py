@@ -202,3 +202,10 @@ def test_the_table_of_dreambench_names_every_subject_with_its_class(tmp_path):
         ("bear_plushie", "stuffed animal"),
     ]
     assert table[0]["subject"] == str(tmp_path / "one" / "cat2")
+
+
+def test_targets_of_a_recipe_are_those_of_its_base(capsys):
+    assert main(["targets", "sd15", "--targets", "attention"]) == 0
+    of_base = capsys.readouterr().out
+    assert main(["targets", QUICK, "--targets", "attention"]) == 0
+    assert capsys.readouterr().out == of_base

@@ -315,9 +315,9 @@ def _add_adapters(cfg: DreamboothConfig, family: Family, models: dict[str, nn.Mo
         warnings.simplefilter("ignore")  # the run itself will say it
         for component, model in models.items():
             denoiser = model is family.components.denoiser
-            adapters.add_adapter(
-                component, model, adapters.adapter_config(cfg, family, denoiser=denoiser)
-            )
+            config = adapters.adapter_config(cfg, family, denoiser=denoiser)
+            config.timestep_rank = None  # all inner dimensions, which some steps have
+            adapters.add_adapter(component, model, config)
     for model in models.values():
         for _, layer in iter_nora_layers(model):
             layer.outer(adapters.NAME).derived = True

@@ -136,3 +136,11 @@ def test_hub_ids_are_planned_from_configs_that_come_with_the_package(tmp_path):
     # 859,520,964 parameters of the UNet and the decoder's half of the autoencoder
     assert plan.weights == pytest.approx(2 * 859_520_964 + 4 * 49_490_199, rel=0.001)
     assert plan.outer_factors == pytest.approx(26e6, rel=0.05)
+
+
+def test_a_timestep_law_is_planned_at_its_full_rank_without_a_warning(make_config, recwarn):
+    plain, law = (
+        plan_memory(make_config(adapter={"timestep_rank": value})) for value in (None, 1.0)
+    )
+    assert law.peak == plain.peak
+    assert not [str(w.message) for w in recwarn if "timestep" in str(w.message)]
