@@ -171,6 +171,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="RUN_OR_FILE", help="folder of a run, or adapter file")
     parser.add_argument("--held-out", type=Path, help="folder of photos that were not trained on")
+    parser.add_argument("--trigger", help="which subject, of several (default: the first)")
     parser.add_argument("--photos", type=Path, help="training photos (default: those of the run)")
     parser.add_argument("--out", type=Path, help="folder of the report (default RUN/eval)")
     parser.add_argument(
@@ -312,7 +313,7 @@ def _eval(args: argparse.Namespace) -> int:
     page = evaluate_run(
         Options(
             source, out, args.prompts, args.photos, args.held_out, tuple(args.backend), args.n,
-            args.seed, args.steps, args.guidance, args.base, args.device, args.dtype,
+            args.seed, args.steps, args.guidance, args.base, args.device, args.dtype, args.trigger,
         )
     )  # fmt: skip
     print((out / "eval.md").read_text(encoding="utf-8"))

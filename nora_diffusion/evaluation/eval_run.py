@@ -64,6 +64,7 @@ class Options:
         base: None: the one the adapter was trained on.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "auto", "fp32", "bf16" or "fp16".
+        trigger: of the subject, where the run has several; None: the first.
     """
 
     source: Path
@@ -79,6 +80,7 @@ class Options:
     base: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    trigger: str | None = None
 
 
 def evaluate_run(options: Options) -> Path:
@@ -94,7 +96,7 @@ def evaluate_run(options: Options) -> Path:
     """
     path = adapter_path(options.source)
     info = adapter_info(path)
-    trigger, class_name = _subject(info, path)
+    trigger, class_name = _subject(info, path, options.trigger)
     base = options.base or info["base"] or ""
     prompts = read_prompts(options.prompts or default_prompts(base, class_name))
     training = _photos(options.photos or _run_photos(path, trigger), "--photos")
@@ -161,8 +163,15 @@ def read_prompts(source: str) -> list[str]:
     return found
 
 
-def _subject(info: dict[str, Any], path: Path) -> tuple[str, str]:
-    trigger, class_name = info.get("trigger"), info.get("class_name")
+def _subject(info: dict[str, Any], path: Path, wanted: str | None) -> tuple[str, str]:
+    """Trigger word and class: those wanted, or the first the adapter names."""
+    first = {"trigger": info.get("trigger"), "class_name": info.get("class_name")}
+    named = {one["trigger"]: one["class_name"] for one in info["metadata"].get("subjects", [first])}
+    if wanted is not None and wanted not in named:
+        known = ", ".join(str(trigger) for trigger in named)
+        raise UserError(f"--trigger {wanted}: {path} was trained on {known}")
+    trigger = wanted or first["trigger"]
+    class_name = named.get(trigger)
     if not trigger or not class_name:
         raise UserError(
             f"{path}: does not name its trigger word and class, so it was not written by "

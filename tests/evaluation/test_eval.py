@@ -13,7 +13,7 @@ from nora_diffusion import NoraConfig, load_pipeline, save_adapter
 from nora_diffusion.cli import main
 from nora_diffusion.config import UserError
 from nora_diffusion.evaluation.backends import Backend, load_backend
-from nora_diffusion.evaluation.eval_run import default_prompts, read_prompts
+from nora_diffusion.evaluation.eval_run import _subject, default_prompts, read_prompts
 from nora_diffusion.evaluation.prompts import LIVE, MINI, OBJECT, without_trigger
 from nora_diffusion.evaluation.protocol import Pictures, measure
 
@@ -174,6 +174,18 @@ def test_the_command_draws_measures_and_goes_on(command, tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--seed", "1"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_trigger_word_that_was_not_trained_is_refused(command, capsys):
+    assert main([*command, "--trigger", "zwx"]) == 2
+    assert "--trigger zwx" in capsys.readouterr().err
+
+
+def test_of_several_subjects_one_is_chosen():
+    about = {"trigger": "sks", "class_name": "dog", "metadata": {}}
+    assert _subject(about, Path("a"), None) == ("sks", "dog")
+    both = [{"trigger": "sks", "class_name": "dog"}, {"trigger": "zwx", "class_name": "mug"}]
+    assert _subject(about | {"metadata": {"subjects": both}}, Path("a"), "zwx") == ("zwx", "mug")
 
 
 def test_an_adapter_alone_needs_its_photos(command, capsys):
