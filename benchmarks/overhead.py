@@ -1,0 +1,253 @@
+"""What an adapter costs apart from training: adding it, inference, merging, switching.
+
+    python benchmarks/overhead.py [--cases mini sd15 ...] [--rounds 5] [--note TEXT]
+
+Random weights at real shapes (mini has its own): NoRA 64/8 and LoRA r 16 on the attention
+projections. Measured for each:
+
+* add: from the bare model to an adapter that is ready, first with nothing in the cache of outer
+  factors, then once more from it;
+* a forward pass without gradient: bare, with the adapter beside the weights, and merged; the bare
+  pass runs within every round, and what counts is the median ratio to it;
+* merge and unmerge, with the largest relative error of a weight after both;
+* switch: from one of two adapters at hand to the other;
+* bytes that the second adapter of a base adds to memory: NoRA's outer factors are shared.
+
+Without a GPU the smaller shapes run, at small inputs, and seconds are those of the process, since
+other work may use the cores: good for ratios. Writes `benchmarks/results/overhead.json` on CUDA,
+else `overhead-cpu.json`.
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import write_result
+from peft import LoraConfig, PeftConfig
+from peft.mapping import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import nora_diffusion
+from nora_diffusion import NoraConfig
+from nora_diffusion.adapter import attention_projections
+from nora_diffusion.families import load_family
+from nora_diffusion.families.skeleton import skeleton
+from nora_diffusion.train.live_memory import LiveMemory
+
+DENOISERS = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 64),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 128),
+    "flux": ("black-forest-labs/FLUX.1-dev", 64),
+}
+ON_CPU, ON_GPU = ("mini", "sd15", "smollm2_135m"), (*DENOISERS, "llama3_8b")
+CPU_SIDE, CPU_TOKENS, TOKENS = 16, 64, 512
+
+
+@dataclass
+class Subject:
+    """A model without an adapter, and one forward pass of it."""
+
+    model: Any
+    forward: Callable[[], Any]
+
+
+def adapters(targets: list[str]) -> dict[str, PeftConfig]:
+    """The adapters that are compared, on the same modules."""
+    return {
+        "lora_r16": LoraConfig(r=16, target_modules=list(targets)),
+        "nora_64_8": NoraConfig(target_modules=list(targets)),
+    }
+
+
+def subject(case: str, device: torch.device) -> Subject:
+    """A model of random weights on the device; mini with its own."""
+    draw, dtype = torch.Generator().manual_seed(1), torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16
+    if case in ("smollm2_135m", "llama3_8b"):
+        folder = Path(nora_diffusion.__file__).parent / "assets" / "shapes" / case
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder), dtype=dtype
+            )
+        tokens = TOKENS if device.type == "cuda" else CPU_TOKENS
+        ids = torch.randint(0, 1000, (1, tokens), generator=draw).to(device)
+        return Subject(model.eval(), lambda: model(input_ids=ids, use_cache=False).logits)
+    if case == "mini":
+        family = load_family("mini", dtype=dtype, device=device)
+        side = 8
+    else:
+        base, side = DENOISERS[case]
+        family = skeleton(base, dtype)
+        side = side if device.type == "cuda" else CPU_SIDE
+        fill(family.components.denoiser, device)
+        family.components.device = device
+    with torch.no_grad():
+        prompts = load_or_shape(family, case)
+    denoiser: Any = family.components.denoiser.eval()
+    conditioning = prompts.apply(lambda t: torch.randn(t.shape, generator=draw).to(device, t.dtype))
+    channels = denoiser.config.in_channels // (4 if case == "flux" else 1)
+    latents = torch.randn(1, channels, side, side, generator=draw).to(device)
+
+    def forward() -> Any:
+        return family.loss(denoiser, latents, conditioning, torch.Generator().manual_seed(2))
+
+    return Subject(denoiser, forward)
+
+
+def load_or_shape(family: Any, case: str) -> Any:
+    """The conditioning of one prompt; of a skeleton its shapes."""
+    if case == "mini":
+        return family.encode_prompts(["a photo"])
+    with LiveMemory():  # it answers for values that are not there
+        return family.encode_prompts(["a photo"])
+
+
+@torch.no_grad()
+def fill(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device small random weights."""
+    generator = torch.Generator(device).manual_seed(0)
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            std = tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.02
+            tensor.normal_(std=std, generator=generator)
+
+
+class Stopwatch:
+    """Seconds of a call: by the clock on CUDA, else of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+        self.now = time.perf_counter if on_gpu else time.process_time
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        """Time one call."""
+        self.synchronize()
+        start = self.now()
+        call()
+        self.synchronize()
+        return self.now() - start
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Of all distinct storages."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def remove(model: nn.Module) -> None:
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+    gc.collect()
+
+
+def each(model: nn.Module, call: Callable[[Any], Any]) -> Callable[[], None]:
+    def on_all() -> None:
+        for layer in layers(model):
+            call(layer)
+
+    return on_all
+
+
+@torch.no_grad()
+def measure(case: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """All numbers of one model."""
+    one, watch = subject(case, device), Stopwatch(device)
+    targets = list(attention_projections(one.model))
+    found: dict[str, Any] = {"modules": len(targets)}
+    for name, config in adapters(targets).items():
+        one.model.requires_grad_(False)
+
+        def add(adapter: str, config: PeftConfig = config) -> Callable[[], Any]:
+            return lambda: inject_adapter_in_model(config, one.model, adapter)
+
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["NORA_CACHE_DIR"] = cache
+            first = watch(add("first"))
+            remove(one.model)
+            again = watch(add("first"))
+            before = tensor_bytes(one.model)
+            watch(add("second"))
+        second_bytes = tensor_bytes(one.model) - before
+        switches = [
+            watch(each(one.model, lambda layer, n=n: layer.set_adapter([n])))
+            for n in itertools.islice(itertools.cycle(("second", "first")), 2 * rounds)
+        ]
+        found[name] = {
+            "add_s": round(first, 3),
+            "add_from_cache_s": round(again, 3),
+            "second_adapter_bytes": second_bytes,
+            "switch_s": round(statistics.median(switches), 5),
+            **inference(one, watch, rounds),
+        }
+        remove(one.model)
+        print(case, name, found[name], flush=True)
+    return found
+
+
+def inference(one: Subject, watch: Stopwatch, rounds: int) -> dict[str, float]:
+    """Forward passes beside the bare model's in every round, and merging."""
+    for layer in layers(one.model):  # an update that is not zero, as after training
+        for store in ("nora_inner_B", "lora_B"):
+            for part in getattr(layer, store, {}).values():
+                getattr(part, "weight", part).data.normal_(std=0.01)
+    originals = [layer.get_base_layer().weight.clone() for layer in layers(one.model)]
+    switch = {on: each(one.model, lambda layer, on=on: layer.enable_adapters(on)) for on in (0, 1)}
+    one.forward()
+    merge_s, unmerge_s, beside, merged = [], [], [], []
+    for _ in range(rounds):
+        switch[0]()
+        bare = watch(one.forward)
+        switch[1]()
+        beside.append(watch(one.forward) / bare)
+        merge_s.append(watch(each(one.model, lambda layer: layer.merge())))
+        merged.append(watch(one.forward) / bare)
+        unmerge_s.append(watch(each(one.model, lambda layer: layer.unmerge())))
+    errors = [
+        float((layer.get_base_layer().weight - weight).norm() / weight.norm())
+        for layer, weight in zip(layers(one.model), originals, strict=True)
+    ]
+    return {
+        "forward_beside_over_bare": round(statistics.median(beside), 3),
+        "forward_merged_over_bare": round(statistics.median(merged), 3),
+        "merge_s": round(statistics.median(merge_s), 4),
+        "unmerge_s": round(statistics.median(unmerge_s), 4),
+        "largest_error_after_unmerge": max(errors),
+    }
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = ON_GPU if device.type == "cuda" else ON_CPU
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=sorted({*ON_CPU, *ON_GPU}), default=cases)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", default="", help="what a reader must know about the run")
+    args = parser.parse_args()
+    results = {case: measure(case, device, args.rounds) for case in args.cases}
+    print(write_result("overhead" if device.type == "cuda" else "overhead-cpu", results, args.note))
+
+
+if __name__ == "__main__":
+    main()
