@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,9 +166,7 @@ class Benchmark:
         file = self.rows / f"{method}-{rate}-{seed}-{kind}.json"
         if not file.is_file():
             self.rows.mkdir(parents=True, exist_ok=True)
-            alone = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=alone) as pool:
-                row = pool.submit(measure, self, method, rate, seed, test).result()
+            row = in_a_process(measure, self, method, rate, seed, test)
             write_atomically(file, json.dumps(row).encode())
             told = {k: v for k, v in row.items() if k != "sets"}
             print(json.dumps(told | accuracies(row)), flush=True)
@@ -206,6 +205,12 @@ class Benchmark:
                 "CPU seconds."
             ),
         )
+
+
+def in_a_process(call: Callable[..., Any], *given: Any) -> Any:
+    """What a call returns, made in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *given).result()
 
 
 def measure(

@@ -33,6 +33,8 @@ def results(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(benchmark, "SEEDS", (1,))
     monkeypatch.setattr(benchmark, "BASES", ("weight", "random"))
+    # In this process, which alone knows the smaller settings above.
+    monkeypatch.setattr(benchmark, "in_a_process", lambda call, *given: call(*given))
     written = []
     monkeypatch.setattr(benchmark, "write_result", lambda name, found, note: written.append(found))
     base = save_base(tmp_path / "base")
@@ -40,9 +42,7 @@ def results(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "TARGETS", ["q_proj", "down_proj"])
 
     def run():
-        benchmark.Benchmark(
-            base, torch.device("cpu"), size, tmp_path / "data", tmp_path / "work", False
-        ).run()
+        benchmark.Benchmark(base, "cpu", size, tmp_path / "data", tmp_path / "work", False).run()
         return written[-1]
 
     return run(), run
