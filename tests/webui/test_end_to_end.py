@@ -158,6 +158,8 @@ def sample(visit: Visit) -> tuple[np.ndarray, PictureSettings]:
     page.locator("#create-seed input").fill("7")
     page.get_by_role("button", name="Steps, guidance, size").click()
     page.locator("#create-steps input[type=number]").fill("8")
+    # The page's own state has it once the slider beside the number stands there.
+    expect(page.locator("#create-steps input[type=range]")).to_have_value("8")
     page.get_by_role("button", name="Generate").click()
     drawn = page.locator("#create-results img")
     expect(drawn).to_have_count(1)
