@@ -200,6 +200,7 @@ def _transformers_source(source: str) -> Path | None:
     Raises:
         UserError: neither of the two is there.
     """
+    source = "smollm2_135m" if source == "smollm2" else source  # its name in model.base
     if source in SHAPES:
         return ASSETS / "shapes" / source
     path = Path(source).expanduser()

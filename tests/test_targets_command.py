@@ -120,3 +120,10 @@ def test_looking_leaves_a_model_as_it_was():
     assert len(find_targets(Choice("attention", model, "attention"), 8, 2)) == 8
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert not hasattr(model, "peft_config")
+
+
+def test_the_packaged_language_model_goes_by_its_name_in_configs(capsys):
+    assert main(["targets", "smollm2", "--targets", "attention"]) == 0
+    named = capsys.readouterr().out
+    assert main(["targets", "smollm2_135m", "--targets", "attention"]) == 0
+    assert "122,880" in named and named == capsys.readouterr().out
