@@ -34,7 +34,7 @@ MINI = (
 """What mini can draw; the grammar is that of its training captions."""
 
 
-OBJECT = (
+_PLACES = (
     "a {trigger} {class_name} in the jungle",
     "a {trigger} {class_name} in the snow",
     "a {trigger} {class_name} on the beach",
@@ -45,6 +45,16 @@ OBJECT = (
     "a {trigger} {class_name} with a mountain in the background",
     "a {trigger} {class_name} with a blue house in the background",
     "a {trigger} {class_name} on top of a purple rug in a forest",
+)
+_LOOKS = (
+    "a red {trigger} {class_name}",
+    "a purple {trigger} {class_name}",
+    "a shiny {trigger} {class_name}",
+    "a wet {trigger} {class_name}",
+    "a cube shaped {trigger} {class_name}",
+)
+OBJECT = (
+    *_PLACES,
     "a {trigger} {class_name} with a wheat field in the background",
     "a {trigger} {class_name} with a tree and autumn leaves in the background",
     "a {trigger} {class_name} with the Eiffel Tower in the background",
@@ -55,25 +65,12 @@ OBJECT = (
     "a {trigger} {class_name} on top of the sidewalk in a crowded street",
     "a {trigger} {class_name} on top of a dirt road",
     "a {trigger} {class_name} on top of a white rug",
-    "a red {trigger} {class_name}",
-    "a purple {trigger} {class_name}",
-    "a shiny {trigger} {class_name}",
-    "a wet {trigger} {class_name}",
-    "a cube shaped {trigger} {class_name}",
+    *_LOOKS,
 )
 """Of DreamBench (Ruiz et al. 2023, the DreamBooth dataset, CC BY 4.0), for objects."""
 
 LIVE = (
-    "a {trigger} {class_name} in the jungle",
-    "a {trigger} {class_name} in the snow",
-    "a {trigger} {class_name} on the beach",
-    "a {trigger} {class_name} on a cobblestone street",
-    "a {trigger} {class_name} on top of pink fabric",
-    "a {trigger} {class_name} on top of a wooden floor",
-    "a {trigger} {class_name} with a city in the background",
-    "a {trigger} {class_name} with a mountain in the background",
-    "a {trigger} {class_name} with a blue house in the background",
-    "a {trigger} {class_name} on top of a purple rug in a forest",
+    *_PLACES,
     "a {trigger} {class_name} wearing a red hat",
     "a {trigger} {class_name} wearing a santa hat",
     "a {trigger} {class_name} wearing a rainbow scarf",
@@ -84,11 +81,7 @@ LIVE = (
     "a {trigger} {class_name} wearing pink glasses",
     "a {trigger} {class_name} wearing a yellow shirt",
     "a {trigger} {class_name} in a purple wizard outfit",
-    "a red {trigger} {class_name}",
-    "a purple {trigger} {class_name}",
-    "a shiny {trigger} {class_name}",
-    "a wet {trigger} {class_name}",
-    "a cube shaped {trigger} {class_name}",
+    *_LOOKS,
 )
 """Of DreamBench, for animals and people."""
 
