@@ -36,6 +36,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from nora_diffusion.adapter import NoraConfig, attention_projections
+from nora_diffusion.mini.state import Trained, learning_rate_at, load_state, save_state
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
@@ -78,17 +79,28 @@ def build(name: str, data: Path, smoke: bool) -> Task:
 
 
 def pretrained_translator(smoke: bool) -> Path:
-    """Folder of the T5 that translates into French; trained once."""
+    """Folder of the T5 that translates into French; trained once, from its last checkpoint."""
     folder = WORK / ("translator-smoke" if smoke else "translator")
-    if not folder.is_dir():
-        task = translation("fr", None, PRETRAINING_STEPS, smoke)
-        model = task.base()
-        seconds = train(model, task, PRETRAINING_RATE, 0, folder.with_suffix(".pt"))
-        scores = evaluate(model, task, "test")
-        print(f"translator into French, after {seconds:.0f} CPU seconds: {scores}", flush=True)
-        temporary = folder.with_suffix(".tmp")
-        model.save_pretrained(temporary)  # pyright: ignore
-        temporary.rename(folder)
+    if folder.is_dir():
+        return folder
+    task = translation("fr", None, PRETRAINING_STEPS, smoke)
+    trained = Trained(task.base(), PRETRAINING_RATE)
+    checkpoint = folder.with_suffix(".safetensors")
+    if checkpoint.is_file():
+        tensors, progress = load_state(checkpoint)
+        trained.restore(tensors, progress["step"])
+    trained.module.train()
+    while trained.step < task.steps:
+        trained.module(**task.batch(random.Random(trained.step))).loss.backward()
+        trained.update(learning_rate_at(trained.step, task.steps, PRETRAINING_RATE))
+        if trained.step % CHECKPOINT_EVERY == 0:
+            save_state(checkpoint, trained.tensors(), {"step": trained.step})
+            print(f"translator into French: step {trained.step} of {task.steps}", flush=True)
+    model: Any = trained.use_average()
+    print(f"translator into French: {evaluate(model, task, 'test')}", flush=True)
+    temporary = folder.with_suffix(".tmp")
+    model.save_pretrained(temporary)
+    temporary.rename(folder)
     return folder
 
 
@@ -138,45 +150,21 @@ def adapted(task: Task, method: str) -> nn.Module:
     return model
 
 
-def train(
-    model: nn.Module, task: Task, rate: float, seed: int, checkpoint: Path | None = None
-) -> float:
-    """Train in place; returns the CPU seconds it took, which other work on the machine leaves.
-
-    With a checkpoint file the state is kept there, and a run that was killed goes on from it.
-    """
+def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
+    """Train in place; returns the CPU seconds it took, which other work on the machine leaves."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, task.steps // 10, task.steps)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    step, before = 0, 0.0
-    if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        version, numbers, gauss = state["rng"]
-        rng.setstate((version, tuple(numbers), gauss))
-        step, before = state["step"], state["seconds"]
     model.train()
-    start = time.process_time() - before
-    while step < task.steps:
+    start = time.process_time()
+    for _ in range(task.steps):
         model(**task.batch(rng)).loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        step += 1
-        if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            version, numbers, gauss = rng.getstate()
-            state |= {"rng": (version, list(numbers), gauss), "step": step}
-            state["seconds"] = time.process_time() - start
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
-            print(f"step {step} of {task.steps}", flush=True)
     return time.process_time() - start
 
 
