@@ -52,8 +52,10 @@ class Adapter(Section):
     dropout: float = setting(
         0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
     )
-    init: Literal["orthogonal", "sigma"] = setting(
-        "orthogonal", "Start of NoRA's inner pair; both leave the base unchanged at step 0."
+    init: Literal["orthogonal", "sigma", "gradient"] = setting(
+        "orthogonal",
+        "Start of NoRA's inner pair; each leaves the base unchanged at step 0, and gradient is "
+        "fitted to the training data first.",
     )
     basis: Literal["weight", "weight_minor", "activation", "gradient", "random"] = setting(
         "weight",

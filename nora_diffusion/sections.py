@@ -66,8 +66,10 @@ class Adapter(Section):
     dropout: float = setting(
         0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
     )
-    init: Literal["orthogonal", "sigma"] = setting(
-        "orthogonal", "Start of the inner pair; both leave the base model unchanged at step 0."
+    init: Literal["orthogonal", "sigma", "gradient"] = setting(
+        "orthogonal",
+        "Start of the inner pair; each leaves the base model unchanged at step 0, and gradient is "
+        "fitted to the photos first.",
     )
     basis: Literal["weight", "weight_minor", "activation", "gradient", "random"] = setting(
         "weight", "Where the frozen outer directions come from."

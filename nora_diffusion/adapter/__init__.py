@@ -15,6 +15,7 @@ from .factors import Factors, cached_factors, factorise, factorise_many, fingerp
 from .layer import Conv2d, Linear, NoraLayer
 from .model import NoraModel, deferred_factors, derive_factors, iter_nora_layers
 from .peft_type import NORA
+from .start import fit_start
 from .statistics import fit_basis
 from .targets import attention_projections
 
@@ -34,6 +35,7 @@ __all__ = [
     "factorise_many",
     "fingerprint",
     "fit_basis",
+    "fit_start",
     "iter_nora_layers",
 ]
 

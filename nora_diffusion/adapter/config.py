@@ -9,8 +9,8 @@ from peft import PeftConfig
 from .factors import BASES, Basis
 from .peft_type import NORA
 
-Init = Literal["orthogonal", "sigma"]
-INITS: tuple[Init, ...] = ("orthogonal", "sigma")
+Init = Literal["orthogonal", "sigma", "gradient"]
+INITS: tuple[Init, ...] = ("orthogonal", "sigma", "gradient")
 
 
 @dataclass
@@ -25,8 +25,9 @@ class NoraConfig(PeftConfig):
         inner_r: Inner rank; lowered to `r` where it is larger.
         scaling: Factor on the update. It does not depend on the ranks.
         dropout: Probability in [0, 1) of zeroing an entry of the ``r`` hidden features.
-        init: ``"orthogonal"`` (P0 = 0, Q0 seeded orthonormal rows) or ``"sigma"`` (the paper:
-            P0 and Q0 are the first columns and rows of the root of the singular values).
+        init: ``"orthogonal"`` (P0 = 0, Q0 seeded orthonormal rows), ``"sigma"`` (the paper: P0 and
+            Q0 are the first columns and rows of the root of the singular values) or ``"gradient"``
+            (P0 = 0, Q0 fitted to the data by `fit_start`; until that call as ``"orthogonal"``).
         basis: Where U and V come from: ``"weight"`` (top singular vectors), ``"weight_minor"`` (the
             last), ``"random"``, or, after a call of `fit_basis`, ``"activation"``, ``"gradient"``.
         seed: Seed of everything random in the adapter's initial state.

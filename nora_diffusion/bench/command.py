@@ -101,13 +101,13 @@ def _compare(args: argparse.Namespace, run: Callable[..., dict[str, Any]], plan:
 
 
 def _quick(plan: Any) -> Any:
-    """Every stage, on one subject, two steps a training."""
+    """Every stage, on one subject, two steps a training, two rates a method."""
     from nora_diffusion.bench.methods import PAPER, lora, nora
 
     few = (lora("LoRA r 1", 1), lora("LoRA r 16", 16))
     return replace(
         plan, steps=2, searched_on=("cactus",), variants_on=("cactus",), subjects=("cactus",),
-        seeds=(0,), baselines=few, variants=(nora(), PAPER), finalists=1,
+        seeds=(0,), baselines=few, variants=(nora(), PAPER), finalists=1, rates=(1, 2),
     )  # fmt: skip
 
 

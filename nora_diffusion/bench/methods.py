@@ -90,9 +90,9 @@ def nora(
 PAPER = nora(init="sigma")
 """As the paper has it: principal directions of the weight, started from its singular values."""
 
-VARIANTS = tuple(
-    nora(basis=basis, init=init, alpha=alpha)
-    for basis in ("weight", "weight_minor", "activation", "gradient", "random")
-    for init in ("orthogonal", "sigma")
-    for alpha in (None, 1.0)
+_BASES = ("weight", "weight_minor", "activation", "gradient", "random")
+_INITS = ("orthogonal", "sigma", "gradient")
+VARIANTS = (
+    *(nora(basis=basis, init=init) for basis in _BASES for init in _INITS),
+    *(nora(init=init, alpha=1.0) for init in _INITS),
 )

@@ -46,6 +46,7 @@ class Plan:
         baselines: methods beside NoRA.
         variants: of NoRA.
         finalists: variants that reach the final stage.
+        rates: which of each method's learning rates are tried.
     """
 
     steps: int
@@ -56,6 +57,7 @@ class Plan:
     baselines: tuple[Method, ...] = BASELINES
     variants: tuple[Method, ...] = VARIANTS
     finalists: int = FINALISTS
+    rates: tuple[int, ...] = (0, 1, 2, 3)
 
 
 def score(row: Row) -> float:
@@ -77,9 +79,9 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
         The results, as saved.
     """
     study = Study(plan, ledger, save)
-    study.search((*plan.baselines, PAPER, nora()))
+    study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    study.search(finalists)
+    study.search((*finalists, *plan.baselines))
     study.final((*plan.baselines, PAPER, *(m for m in finalists if m.name != PAPER.name)))
     return study.results
 
@@ -115,22 +117,22 @@ class Study:
 
     def search(self, methods: Iterable[Method]) -> None:
         """Find each method's learning rate."""
-        methods = list(methods)
+        tried = [(method, [method.rates[i] for i in self.plan.rates]) for method in methods]
         trials = [
             Trial(method, subject, rate, self.plan.seeds[0], self.plan.steps)
-            for method in methods
-            for rate in method.rates
+            for method, rates in tried
+            for rate in rates
             for subject in self.plan.searched_on
         ]
         self.ledger.run(trials)
-        for method in methods:
+        for method, rates in tried:
             scores = {
                 rate: statistics.mean(
                     score(self.ledger.row(trial))
                     for trial in trials
                     if trial.method == method and trial.rate == rate
                 )
-                for rate in method.rates
+                for rate in rates
             }
             best = max(scores, key=lambda rate: scores[rate])
             self.rates[method.name] = best
@@ -138,16 +140,17 @@ class Study:
                 "learning_rate": best,
                 "tries": len(scores),
                 "scores": {f"{rate:g}": round(value, 4) for rate, value in scores.items()},
-                "at_the_edge": best in (method.rates[0], method.rates[-1]),
+                "at_the_edge": best in (rates[0], rates[-1]),
             }
         self._save(self.results)
 
     def choose_variants(self) -> list[Method]:
-        """The best variants of NoRA, each at the rate that was found for its start."""
-        rates = {
-            "sigma": self.rates[PAPER.name],
-            "orthogonal": self.rates[nora().name],
-        }
+        """The best variants of NoRA, each at the rate that was found for its start.
+
+        A start that is fitted to the gradient takes the rate of the seeded one, which it replaces.
+        """
+        of_plain = self.rates[nora().name]
+        rates = {"sigma": self.rates[PAPER.name], "orthogonal": of_plain, "gradient": of_plain}
         trials = {
             method.name: [
                 Trial(method, subject, rates[method.nora["init"]], seed, self.plan.steps)
@@ -168,7 +171,10 @@ class Study:
         return order[: self.plan.finalists]
 
     def final(self, methods: Sequence[Method]) -> None:
-        """All subjects and seeds, with the drift of the class."""
+        """All subjects and seeds.
+
+        The drift of the class, which costs as many pictures again, is measured with the first seed.
+        """
         trials = [
             Trial(method, subject, self.rates[method.name], seed, self.plan.steps)
             for seed in self.plan.seeds
@@ -177,20 +183,25 @@ class Study:
         ]
 
         def so_far() -> None:
-            found = [self.ledger.find(trial, drift=True) for trial in trials]
+            found = [self.ledger.find(trial) for trial in trials]
             self.results["rows"] = [row for row in found if row is not None]
             self.results["summary"] = summarise(self.results["rows"], [m.name for m in methods])
             self._save(self.results)
 
-        self.ledger.run(trials, drift=True, on_row=so_far)
+        for seed in self.plan.seeds:
+            of_seed = [trial for trial in trials if trial.seed == seed]
+            self.ledger.run(of_seed, drift=seed == self.plan.seeds[0], on_row=so_far)
         so_far()
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """Means of every number that all rows have; a diverged training counts as none."""
+    """Means of every number over the rows that have it; a diverged training has none."""
     usable = [row for row in rows if "diverged" not in row]
-    names = [k for k, v in usable[0].items() if isinstance(v, float)] if usable else []
-    means = {name: round(statistics.mean(row[name] for row in usable), 5) for name in names}
+    names = dict.fromkeys(k for row in usable for k, v in row.items() if isinstance(v, float))
+    means = {
+        name: round(statistics.mean(row[name] for row in usable if name in row), 5)
+        for name in names
+    }
     return means | {"runs": len(rows), "diverged": len(rows) - len(usable)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
 from nora_diffusion.adapter.components import adaptable_modules
 from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.start import fit_start
 from nora_diffusion.adapter.statistics import fit_basis
 from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.denoiser_hooks import attach_timestep_rank, has_timestep_law, load_adapter
@@ -25,6 +27,9 @@ NAME = "default"
 
 FIT_BATCHES = 32
 """Batches from which a data-driven basis is fitted; each draws its own timesteps."""
+
+START_BATCHES = 16
+"""Batches from which the start of the inner pairs is fitted, where it is."""
 
 
 def adapted_models(cfg: DreamboothConfig, family: Family) -> dict[str, nn.Module]:
@@ -47,6 +52,7 @@ def add_adapters(
     family: Family,
     inputs: Inputs,
     fitted: dict[str, Tensor] | None = None,
+    resumed: bool = False,
 ) -> None:
     """Add the adapters that the config asks for, in their initial or their given state.
 
@@ -55,6 +61,7 @@ def add_adapters(
         family: the base model.
         inputs: what a data-driven basis is fitted to.
         fitted: outer factors fitted before, from a checkpoint.
+        resumed: whether a checkpoint will bring the inner pairs, so that no start is fitted.
 
     Raises:
         UserError: when no module matches ``adapter.target_modules``, or ``adapter.init_from`` does
@@ -76,7 +83,9 @@ def add_adapters(
     if fitted:
         restore_factors(models, fitted)
     elif not all(layer.outer(NAME).derived for _, layer in iter_nora_layers(denoiser)):
-        _fit(cfg, family, inputs)
+        _fit_basis(cfg, family, inputs)
+    if cfg.adapter.init == "gradient" and cfg.adapter.init_from is None and not resumed:
+        _fit_start(cfg, family, inputs, models)
     if any(has_timestep_law(layer) for _, layer in iter_nora_layers(denoiser)):
         attach_timestep_rank(denoiser, family.num_timesteps)
 
@@ -227,17 +236,32 @@ def _check_start(source: str, component: str, model: nn.Module, wanted: NoraConf
         )
 
 
-def _fit(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
+def _fit_basis(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
     """Fit a data-driven basis on the run's own pictures, over many timesteps."""
-    size = min(cfg.train.batch_size, len(inputs.dataset.items))
-
-    def step(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "basis", index))
-        batch = inputs.batch(index, size)
-        conditioning = inputs.conditioning.select(batch.prompt_rows)
-        conditioning = family.frame(conditioning, batch.framings)
-        return family.loss(
-            family.components.denoiser, batch.latents, conditioning, generator, mask=batch.mask
-        ).mean()
-
+    # Only the denoiser has one: its gradient ends at the conditioning.
+    step = partial(_loss, cfg, family, inputs, encode=False)
     fit_basis(family.components.denoiser, range(FIT_BATCHES), step, NAME)
+
+
+def _fit_start(
+    cfg: DreamboothConfig, family: Family, inputs: Inputs, models: dict[str, nn.Module]
+) -> None:
+    """Fit the start of the inner pairs of all models at once."""
+    step = partial(_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
+    fit_start(nn.ModuleList(models.values()), range(START_BATCHES), step, NAME)
+
+
+def _loss(
+    cfg: DreamboothConfig, family: Family, inputs: Inputs, index: int, *, encode: bool
+) -> Tensor:
+    """The subject's loss on one batch, with noise of its own; ``encode``: by the text encoder."""
+    generator = torch.Generator().manual_seed(derive_seed(cfg.train.seed, "basis", index))
+    batch = inputs.batch(index, min(cfg.train.batch_size, len(inputs.dataset.items)))
+    if encode:
+        conditioning = family.encode_prompts([inputs.prompts[row] for row in batch.prompt_rows])
+    else:
+        conditioning = inputs.conditioning.select(batch.prompt_rows)
+    conditioning = family.frame(conditioning, batch.framings)
+    return family.loss(
+        family.components.denoiser, batch.latents, conditioning, generator, mask=batch.mask
+    ).mean()

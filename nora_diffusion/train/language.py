@@ -20,7 +20,7 @@ from peft.utils.other import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from nora_diffusion.adapter import fit_basis
+from nora_diffusion.adapter import fit_basis, fit_start
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import PEFT_CONFIG, export_lora
@@ -57,6 +57,9 @@ from nora_diffusion.train.write_errors import explained, failures_reported
 
 FIT_BATCHES = 32
 """Batches of training data from which a data-driven basis is fitted."""
+
+START_BATCHES = 16
+"""Batches from which the start of the inner pairs is fitted, where it is."""
 
 SCORES = "scores.json"
 ORIGIN = "origin.json"
@@ -208,18 +211,21 @@ def fit(
     cfg: Train,
     batches: int = FIT_BATCHES,
 ) -> None:
-    """Fit a data-driven basis to training data; does nothing for one derived from the weights."""
-    if getattr(config, "basis", None) not in DATA_BASES:
-        return
+    """Fit what NoRA takes from training data: a data-driven basis, ``init="gradient"``."""
     device = next(model.parameters()).device
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    starts = range(0, min(len(rows), batches * cfg.batch_size), cfg.batch_size)
+
+    def starts(count: int) -> range:
+        return range(0, min(len(rows), count * cfg.batch_size), cfg.batch_size)
 
     def step(start: int) -> Tensor:
         batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
         return model(**send_to_device(batch, device)).loss
 
-    fit_basis(model, starts, step)
+    if getattr(config, "basis", None) in DATA_BASES:
+        fit_basis(model, starts(batches), step)
+    if getattr(config, "init", None) == "gradient":
+        fit_start(model, starts(min(batches, START_BATCHES)), step)
 
 
 def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:

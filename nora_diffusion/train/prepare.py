@@ -68,7 +68,7 @@ def prepare(
     parts.place_rest()
 
     fitted = checkpoint.tensors.get("outer") if checkpoint else None
-    adapters.add_adapters(cfg, family, inputs, fitted)
+    adapters.add_adapters(cfg, family, inputs, fitted, resumed=checkpoint is not None)
     models = adapters.adapted_models(cfg, family)
     if parts.offloaded:
         adapters.move_adapters(parts.denoiser, device)
