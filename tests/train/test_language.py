@@ -152,10 +152,10 @@ def stop_after(monkeypatch, step: int) -> None:
     [
         {"adapter": {"dropout": 0.3}},
         {"adapter": {"method": "lora", "dropout": 0.3}},
-        {"adapter": {"basis": "activation"}, "data": {"packing": True}},
+        {"adapter": {"basis": "activation", "init": "gradient"}, "data": {"packing": True}},
         {"adapter": {"init": "sigma"}, "train": {"gradient_accumulation_steps": 2}},
     ],
-    ids=["nora", "lora", "activation, packed", "sigma, accumulated"],
+    ids=["nora", "lora", "fitted, packed", "sigma, accumulated"],
 )
 def test_a_run_stopped_twice_equals_one_that_was_not(make, monkeypatch, changes):
     whole = language.run(make(folder="whole", **changes))
