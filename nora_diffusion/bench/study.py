@@ -164,7 +164,12 @@ class Study:
         scores = {name: statistics.mean(map(score, own)) for name, own in rows.items()}
         order = sorted(self.plan.variants, key=lambda method: -scores[method.name])
         self.results["variants"] = [
-            {**mean_row(rows[method.name]), "method": method.name, "score": scores[method.name]}
+            {
+                "method": method.name,
+                **mean_row(rows[method.name]),
+                **sizes(rows[method.name]),
+                "score": scores[method.name],
+            }
             for method in order
         ]
         self._save(self.results)
@@ -205,6 +210,12 @@ def mean_row(rows: Sequence[Row]) -> Row:
     return means | {"runs": len(rows), "diverged": len(rows) - len(usable)}
 
 
+def sizes(rows: Sequence[Row]) -> Row:
+    """What a method trains and stores; None where every training diverged."""
+    first = next((row for row in rows if "diverged" not in row), {})
+    return {name: first.get(name) for name in ("trained_parameters", "file_bytes")}
+
+
 def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
     """A line for each method, with intervals over subjects and seeds."""
     lines: list[dict[str, Any]] = []
@@ -212,14 +223,12 @@ def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any
         own = [row for row in rows if row["method"] == name]
         if not own:
             continue
-        first = next((row for row in own if "diverged" not in row), own[0])
         lines.append(
             {
                 "method": name,
                 **mean_row(own),
-                "learning_rate": first["learning_rate"],
-                "trained_parameters": first.get("trained_parameters"),
-                "file_bytes": first.get("file_bytes"),
+                **sizes(own),
+                "learning_rate": own[0]["learning_rate"],
                 "score": statistics.mean(map(score, own)),
                 "intervals": {
                     key: interval(own, key)

@@ -90,6 +90,14 @@ def add_adapters(
         attach_timestep_rank(denoiser, family.num_timesteps)
 
 
+def what_is_fitted(cfg: DreamboothConfig) -> list[str]:
+    """What a new run takes from its data before the first step, in words."""
+    if cfg.adapter.init_from is not None:
+        return []
+    found = ["the outer directions"] if cfg.adapter.basis in DATA_BASES else []
+    return [*found, "the start of the inner pairs"] if cfg.adapter.init == "gradient" else found
+
+
 def adapter_config(cfg: DreamboothConfig, family: Family, *, denoiser: bool) -> NoraConfig:
     """``NoraConfig`` of the denoiser, or of a text encoder."""
     adapter, text = cfg.adapter, cfg.text_encoder

@@ -68,6 +68,9 @@ def prepare(
     parts.place_rest()
 
     fitted = checkpoint.tensors.get("outer") if checkpoint else None
+    to_fit = adapters.what_is_fitted(cfg) if checkpoint is None else []
+    if to_fit:
+        report.say(f"fitting {' and '.join(to_fit)} to the photos")
     adapters.add_adapters(cfg, family, inputs, fitted, resumed=checkpoint is not None)
     models = adapters.adapted_models(cfg, family)
     if parts.offloaded:

@@ -52,6 +52,27 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 # ---- what is trained ------------------------------------------------------------------------
 
 
+def test_a_fitted_start_reaches_the_text_encoder_and_costs_no_storage(
+    make_config, tmp_path, capsys
+):
+    files = {}
+    for init in ("orthogonal", "gradient"):
+        cfg = make_config(
+            adapter={"init": init}, text_encoder={"train": True}, train={"steps": 1},
+            output={"dir": str(tmp_path / init)},
+        )  # fmt: skip
+        files[init] = dreambooth.run(cfg) / "adapter.safetensors"
+        said = "fitting the start of the inner pairs to the photos" in capsys.readouterr().out
+        assert said == (init == "gradient")
+    seeded, fitted = (trained(tmp_path / init) for init in ("orthogonal", "gradient"))
+    assert seeded.keys() == fitted.keys()
+    assert any(name.startswith("text_encoder") for name in fitted)
+    moved = [name for name in fitted if not torch.allclose(seeded[name], fitted[name], atol=0.05)]
+    assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
+    sizes = [path.stat().st_size for path in files.values()]
+    assert abs(sizes[0] - sizes[1]) < 500  # what the header says of the run
+
+
 def test_training_lowers_the_loss_on_a_fixed_batch(make_config, tmp_path):
     cfg = make_config(train={"steps": 40, "learning_rate": 2e-2, "batch_size": 3})
     session = prepared(cfg, tmp_path)
