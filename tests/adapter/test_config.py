@@ -37,7 +37,7 @@ def test_fields_and_defaults():
         ({"inner_r": True}, "`inner_r` must be an integer of at least 1, got True"),
         ({"rank_pattern": {"to_q": -1}}, r"`rank_pattern\['to_q'\]` must be .* got -1"),
         ({"inner_rank_pattern": {"to_q": "8"}}, r"`inner_rank_pattern\['to_q'\]` .* got '8'"),
-        ({"init": "zeros"}, "`init` must be one of orthogonal, sigma, got 'zeros'"),
+        ({"init": "zeros"}, "`init` must be one of orthogonal, sigma, gradient, got 'zeros'"),
         ({"basis": "svd"}, "`basis` must be one of weight, .*, random, got 'svd'"),
         ({"bias": "lora_only"}, "`bias` must be one of none, all, nora_only, got 'lora_only'"),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1, got 1.0"),
