@@ -97,7 +97,7 @@ def _mean_core_gradients(
 def _free_cores(layers: list[NoraLayer], name: str) -> Generator[list[nn.Parameter], None, None]:
     """Let ``P (r, r)``, at zero, be the whole core (``Q`` the identity) of every layer.
 
-    A timestep law is off meanwhile: which directions it leaves out is what is to be found.
+    Dropout and a timestep law are off meanwhile: what they leave out is to be seen too.
     """
     before = [
         (layer.nora_inner_B[name], layer.nora_inner_A[name], layer.nora_config[name])
@@ -112,6 +112,7 @@ def _free_cores(layers: list[NoraLayer], name: str) -> Generator[list[nn.Paramet
             layer.nora_inner_A[name] = nn.Parameter(torch.eye(r, device=device), False)
             layer.nora_config[name] = copy(layer.nora_config[name])
             layer.nora_config[name].timestep_rank = None
+            layer.nora_config[name].dropout = 0.0
         yield cores
     finally:
         for layer, (P, Q, config) in zip(layers, before, strict=True):

@@ -19,17 +19,11 @@ from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.denoiser_hooks import attach_timestep_rank, has_timestep_law, load_adapter
 from nora_diffusion.families.base import Family
 from nora_diffusion.sampling import adapter_path
-from nora_diffusion.train.common import derive_seed, nora_config
+from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, derive_seed, nora_config
 from nora_diffusion.train.inputs import Inputs
 
 NAME = "default"
 """Name of the adapter in training."""
-
-FIT_BATCHES = 32
-"""Batches from which a data-driven basis is fitted; each draws its own timesteps."""
-
-START_BATCHES = 16
-"""Batches from which the start of the inner pairs is fitted, where it is."""
 
 
 def adapted_models(cfg: DreamboothConfig, family: Family) -> dict[str, nn.Module]:
@@ -84,6 +78,8 @@ def add_adapters(
         restore_factors(models, fitted)
     elif not all(layer.outer(NAME).derived for _, layer in iter_nora_layers(denoiser)):
         _fit_basis(cfg, family, inputs)
+    if family.components.offloaded:
+        move_adapters(denoiser, family.components.device)
     if cfg.adapter.init == "gradient" and cfg.adapter.init_from is None and not resumed:
         _fit_start(cfg, family, inputs, models)
     if any(has_timestep_law(layer) for _, layer in iter_nora_layers(denoiser)):

@@ -54,6 +54,10 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.absmax", absmax
 
 
+FIT_BATCHES, START_BATCHES = 32, 16
+"""Batches from which a data-driven basis, and the start of the inner pairs, are fitted."""
+
+
 def nora_config(
     cfg: Adapter | language_config.Adapter | vision_language_config.Adapter,
     target_modules: str | list[str],

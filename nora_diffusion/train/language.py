@@ -44,7 +44,7 @@ from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, open_folder
 from nora_diffusion.settings import UserError, quote
-from nora_diffusion.train.common import nora_config
+from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, nora_config
 from nora_diffusion.train.processes import Processes, join
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.trainer import (
@@ -54,12 +54,6 @@ from nora_diffusion.train.trainer import (
     shared_arguments,
 )
 from nora_diffusion.train.write_errors import explained, failures_reported
-
-FIT_BATCHES = 32
-"""Batches of training data from which a data-driven basis is fitted."""
-
-START_BATCHES = 16
-"""Batches from which the start of the inner pairs is fitted, where it is."""
 
 SCORES = "scores.json"
 ORIGIN = "origin.json"

@@ -67,16 +67,14 @@ def prepare(
     parts.offloaded = parts.offloaded or processes.shards > 1
     parts.place_rest()
 
+    models = adapters.adapted_models(cfg, family)
+    if cfg.train.gradient_checkpointing:  # before anything is fitted: that is a step's backward too
+        adapters.checkpoint_gradients(models)
     fitted = checkpoint.tensors.get("outer") if checkpoint else None
     to_fit = adapters.what_is_fitted(cfg) if checkpoint is None else []
     if to_fit:
         report.say(f"fitting {' and '.join(to_fit)} to the photos")
     adapters.add_adapters(cfg, family, inputs, fitted, resumed=checkpoint is not None)
-    models = adapters.adapted_models(cfg, family)
-    if parts.offloaded:
-        adapters.move_adapters(parts.denoiser, device)
-    if cfg.train.gradient_checkpointing:
-        adapters.checkpoint_gradients(models)
     if cfg.model.compile:
         speed.compile_blocks(parts.denoiser)
     processes.copy_from_first(adapters.adapter_tensors(models))

@@ -55,9 +55,10 @@ def test_the_start_of_a_data_basis_is_fitted_after_the_basis():
         assert torch.allclose(Q, torch.eye(2, core.shape[0]), atol=1e-3)
 
 
-def test_a_timestep_law_does_not_hide_directions():
+def test_neither_a_timestep_law_nor_dropout_hides_directions():
     free, bound = (
-        adapted("weight", r=8, inner_r=2, init="gradient", timestep_rank=law) for law in (None, 1.0)
+        adapted("weight", r=8, inner_r=2, init="gradient", **fields)
+        for fields in ({}, {"timestep_rank": 1.0, "dropout": 0.5})
     )
     for model in (free, bound):
         for _, layer in iter_nora_layers(model):

@@ -20,9 +20,8 @@ from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import UserError, load_config, load_run
 from nora_diffusion.events import read_events
 from nora_diffusion.train import dreambooth
-from nora_diffusion.train.adapters import START_BATCHES
 from nora_diffusion.train.checkpoint import newest_checkpoint
-from nora_diffusion.train.common import TrainingDiverged, TrainingInterrupted
+from nora_diffusion.train.common import START_BATCHES, TrainingDiverged, TrainingInterrupted
 from nora_diffusion.train.prepare import prepare
 from nora_diffusion.train.report import Report
 from tests.tiny import base_bytes, predict
