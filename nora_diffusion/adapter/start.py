@@ -23,7 +23,7 @@ def fit_start(
     step: Callable[[Batch], Tensor],
     adapter_name: str = "default",
 ) -> None:
-    """Fit the inner pairs of an adapter with ``init="gradient"`` (docs/method.md, "Initial inner pair").
+    """Fit the inner pairs of an adapter with ``init="gradient"`` (docs/method.md).
 
     The gradient of the loss with respect to the core between ``U`` and ``V``, at the base and
     averaged over the batches, is ``A diag(s) B^T`` with ``s`` descending. ``Q`` becomes the first
