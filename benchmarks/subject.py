@@ -91,14 +91,15 @@ def train_once(views: Views, folder: Path, seed: int, overrides: list[str]) -> P
 def measure(ruler: Ruler, views: Views, folder: Path, seed: int) -> dict:
     """Scores one finished run, and leaves a sheet of its pictures in its folder."""
     adapted = load_adapted(folder, device="cpu", dtype="fp32")
-    rows = ruler.sheet(adapted, views, seed)
+    drawn = ruler.draw(adapted, views, seed)
+    rows = (drawn.base, drawn.adapted, drawn.without_trigger)
     contact_sheet(
-        torch.cat([to_tensor(row) for row in rows]),
+        torch.cat([to_tensor(row) for row in rows if row is not None]),
         [f"{who} {p}" for who in ("base:", "adapted:", "no trigger:") for p in WHERE_OF],
         folder / "sheet.png",
         columns=len(WHERE_OF),
     )
-    found = ruler.measure(adapted, views, seed)
+    found = ruler.score(drawn, views, seed)
     return {"subject": views.name, "class": views.class_name, "seed": seed, **found}
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from nora_diffusion.bench.trial import Trial, run_trial
 
 Row = dict[str, Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Ledger:
@@ -74,26 +87,55 @@ class Ledger:
         # Fresh processes: torch takes its number of threads from the environment at the start.
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
-        given = (self.work, self.sampling_steps)
+        workers = min(self.workers, len(trials))
         pool = ProcessPoolExecutor(
-            min(self.workers, len(trials)), context, initializer=_start_worker, initargs=given
+            workers, context, initializer=_start_worker, initargs=(self.work, self.sampling_steps)
         )
         with pool, tqdm(total=len(trials), unit="trial") as bar:
-            futures = {pool.submit(_work, trial, drift): trial for trial in trials}
-            try:
-                for future in as_completed(futures):
-                    self._write(futures[future], future.result())
-                    bar.update()
-                    on_row()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+
+            def finished(trial: Trial, row: Row) -> None:
+                self._write(trial, row)
+                bar.update()
+                on_row()
+
+            side_by_side(pool, workers, partial(_work, drift=drift), trials, finished)
 
     def _write(self, trial: Trial, row: Row) -> None:
         self._rows[_name(trial.key)] = row
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:  # one write: lines do not mix
             file.write(json.dumps({**row, "about": self.about}) + "\n")
+
+
+def side_by_side(
+    pool: Executor,
+    workers: int,
+    call: Callable[[T], R],
+    items: Iterable[T],
+    finished: Callable[[T, R], None],
+) -> None:
+    """Call with every item, ``workers`` at a time, and hand over each result as it comes.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once what was in progress has been handed over.
+    """
+    waiting, running = iter(items), dict[Future[R], T]()
+
+    def start(count: int) -> None:
+        # No more than there are workers: what a pool has queued cannot be taken back at a stop.
+        running.update((pool.submit(call, item), item) for item in islice(waiting, count))
+
+    try:
+        start(workers)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                start(1)
+                finished(running.pop(future), future.result())
+    except KeyboardInterrupt:
+        print("stopping: what is in progress is finished first", file=sys.stderr)
+        for future in as_completed(running):
+            finished(running[future], future.result())
+        raise
 
 
 def _name(row: Row) -> str:
@@ -109,6 +151,7 @@ def _start_worker(work: Path, sampling_steps: int) -> None:
     from nora_diffusion.bench.ruler import Ruler
 
     global _ruler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which waits for us
     torch.set_num_threads(1)
     _ruler = Ruler(work, sampling_steps)
 

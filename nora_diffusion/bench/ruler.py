@@ -54,6 +54,21 @@ class Reference:
     real: Tensor
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one seed, one a prompt.
+
+    Attributes:
+        base: with the trigger word, by the base.
+        adapted: with it, by the adapted one.
+        without_trigger: of the class alone, by the adapted one; None where not drawn.
+    """
+
+    base: list[Image.Image]
+    adapted: list[Image.Image]
+    without_trigger: list[Image.Image] | None
+
+
 class Ruler:
     """The base's pictures and the subjects' features, shared by all measurements.
 
@@ -76,7 +91,18 @@ class Ruler:
         drift: bool = True,
         trigger: str = TRIGGER,
     ) -> Numbers:
-        """Score an adapted mini.
+        """Draw with an adapted mini and score it; arguments of ``draw``, result of ``score``."""
+        return self.score(self.draw(adapted, views, seed, drift, trigger), views, seed)
+
+    def draw(
+        self,
+        adapted: Family,
+        views: Views,
+        seed: int,
+        drift: bool = True,
+        trigger: str = TRIGGER,
+    ) -> Drawn:
+        """Draw with an adapted mini.
 
         Args:
             adapted: with the adapter on.
@@ -84,6 +110,21 @@ class Ruler:
             seed: of the pictures, one a prompt.
             drift: also draw the class without the trigger word.
             trigger: word that stands for the subject.
+        """
+        name = views.class_name
+        return Drawn(
+            self._of_base(name, trigger, seed),
+            self.pictures(adapted, name, seed, trigger),
+            self.pictures(adapted, name, seed, None) if drift else None,
+        )
+
+    def score(self, drawn: Drawn, views: Views, seed: int) -> Numbers:
+        """Score pictures of a subject.
+
+        Args:
+            drawn: by ``draw``.
+            views: of the subject.
+            seed: of the pictures.
 
         Returns:
             ``base``, ``adapted``, ``ceiling``: mean cosine to the held-out views of the base's
@@ -92,20 +133,18 @@ class Ruler:
             ``nearest_is_subject``, also ``..._base`` and ``..._real``: share of pictures whose
             nearest emoji of all is the subject; ``background_base`` and ``background_adapted``:
             share whose background is the one named; ``text_base`` and ``text_adapted``: mini-CLIP
-            score to the prompt without the trigger; with ``drift`` ``class_moved``, 1 - cosine to
-            the base's picture, and ``class_nearer_to_subject``, of the class alone.
+            score to the prompt without the trigger; where the class was drawn alone,
+            ``class_moved``, 1 - cosine to the base's picture, and ``class_nearer_to_subject``.
         """
         reference = self._reference(views)
-        drawn = self.pictures(adapted, views.class_name, seed, trigger)
-        base = self._of_base(views.class_name, trigger, seed)
-        of_base, of_adapter = image_features(base), image_features(drawn)
+        of_base, of_adapter = image_features(drawn.base), image_features(drawn.adapted)
         cosine = {
             "base": mean_pairwise_cosine(of_base, reference.held_out),
             "adapted": mean_pairwise_cosine(of_adapter, reference.held_out),
             "ceiling": mean_pairwise_cosine(reference.real, reference.held_out),
         }
         plain = [without_trigger(prompt, views.class_name) for prompt in MINI]
-        of_class = views.class_name, reference.held_out, seed
+        alone = drawn.without_trigger
         return {
             **cosine,
             "training": mean_pairwise_cosine(of_adapter, reference.train),
@@ -114,11 +153,11 @@ class Ruler:
             "nearest_is_subject": self._share(of_adapter, views.name),
             "nearest_is_subject_base": self._share(of_base, views.name),
             "nearest_is_subject_real": self._share(reference.real, views.name),
-            "background_base": self._background(base),
-            "background_adapted": self._background(drawn),
-            "text_base": float(mini_clip_score(base, plain).mean()),
-            "text_adapted": float(mini_clip_score(drawn, plain).mean()),
-            **(self._drift(adapted, *of_class) if drift else {}),
+            "background_base": self._background(drawn.base),
+            "background_adapted": self._background(drawn.adapted),
+            "text_base": float(mini_clip_score(drawn.base, plain).mean()),
+            "text_adapted": float(mini_clip_score(drawn.adapted, plain).mean()),
+            **({} if alone is None else self._drift(alone, views.class_name, reference, seed)),
         }
 
     def pictures(
@@ -134,12 +173,6 @@ class Ruler:
         rows = sample_prompts(family, prompts, [seed], steps=self.steps, guidance=GUIDANCE)
         return [row[0] for row in rows]
 
-    def sheet(self, adapted: Family, views: Views, seed: int) -> list[list[Image.Image]]:
-        """The base's pictures, the adapter's, and the adapter's without the trigger word."""
-        words = (TRIGGER, None)
-        of_adapter = (self.pictures(adapted, views.class_name, seed, word) for word in words)
-        return [self._of_base(views.class_name, TRIGGER, seed), *of_adapter]
-
     def _reference(self, views: Views) -> Reference:
         if views.name not in self._references:
             real = subject_views(views.name, self.work, PHOTO_PX, 1, len(MINI), seed=99).held_out
@@ -148,9 +181,12 @@ class Ruler:
             self._references[views.name] = Reference(*features)
         return self._references[views.name]
 
-    def _drift(self, adapted: Family, class_name: str, held: Tensor, seed: int) -> Numbers:
+    def _drift(
+        self, alone: Sequence[Image.Image], class_name: str, reference: Reference, seed: int
+    ) -> Numbers:
+        held = reference.held_out
         plain = image_features(self._of_base(class_name, None, seed))
-        drifted = image_features(self.pictures(adapted, class_name, seed, None))
+        drifted = image_features(alone)
         nearer = mean_pairwise_cosine(drifted, held) - mean_pairwise_cosine(plain, held)
         moved = 1 - float((plain * drifted).sum(1).mean())
         return {"class_moved": moved, "class_nearer_to_subject": nearer}
