@@ -1,39 +1,44 @@
 """LoRA, LoRA-XS form and NoRA on a language model: ARC-E, ARC-C, OBQA and BoolQ, three seeds.
 
-    python benchmarks/language.py [--full] [--data DIR] [--work DIR]
+    python benchmarks/language.py [--full] [--workers 2] [--data DIR] [--work DIR]
 
-Every method gets the same data, steps and learning-rate grid. One seed and held-out training
+Every method gets the same data, steps and number of learning rates. One seed and held-out training
 questions choose the rate of each method, and which two of NoRA's bases are reported; the test
 questions choose nothing. Data: LLM-Adapters' files in ../shared/data/reasoning.
 
 `--full` is for a GPU: all lengths, all questions. Without it the sizes are those of `SMALL`.
-Finished rows are kept in the work folder; the same command goes on from there. Every row is
-measured in a process of its own, so that none inherits memory or a generator's state.
+Finished rows are kept in the work folder; the same command goes on from there, and Ctrl-C lets
+those in progress finish. Every row is measured in a process of its own, so that none inherits
+memory or a generator's state; with two workers, on half of the cores.
 """
 
 import argparse
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _common import ROOT, bytes_saved, write_result
+from _language_scores import accuracies, summarise
 from accelerate.utils import send_to_device
 from peft import LoraConfig, PsoftConfig
 from transformers import TrainerCallback
 
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.adapter.files import save_adapter
+from nora_diffusion.bench.ledger import side_by_side
 from nora_diffusion.data.instructions import Example, encode_messages, messages_of, read_rows
 from nora_diffusion.data.packing import Collator
 from nora_diffusion.disk import write_atomically
@@ -47,7 +52,11 @@ from nora_diffusion.train.trainer import make_trainer
 DATA = ROOT.parent / "shared" / "data" / "reasoning"
 SETS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = {
+    "lora": (5e-4, 2e-3, 8e-3),
+    # Its core starts at 0 beside an orthonormal one, and so moves W less at the same rate.
+    "nora": (2e-3, 8e-3, 3e-2),
+}
 SEEDS = (0, 1, 2)
 BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 FIXED = ("lora_r8", "lora_r32", "lora_xs_r32")
@@ -94,9 +103,14 @@ def methods() -> dict[str, Any]:
     }  # fmt: skip
     for basis in BASES:
         found[f"nora_64_8_{basis}"] = NoraConfig(
-            r=64, inner_r=8, basis=basis, target_modules=list(TARGETS)
+            r=64, inner_r=8, basis=basis, init="gradient", target_modules=list(TARGETS)
         )
     return found
+
+
+def rates(method: str) -> tuple[float, ...]:
+    """The learning rates a method is given, as many for each."""
+    return RATES["nora" if method.startswith("nora") else "lora"]
 
 
 def main() -> None:
@@ -106,6 +120,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/nora-bench/language")
+    parser.add_argument("--workers", type=int, default=1, help="rows measured side by side")
     parser.add_argument("--smoke", action="store_true", help="two steps and two questions a set")
     args = parser.parse_args()
     if not args.data.is_dir():
@@ -114,7 +129,28 @@ def main() -> None:
     size = FULL if args.full else SMALL
     if args.smoke:
         size = Size(80, 2, 2, 20, 2, 2, 1, False)
-    Benchmark(args.base, args.device, size, args.data, args.work, args.smoke).run()
+    benchmark = Benchmark(
+        args.base, args.device, size, args.data, args.work, args.workers, args.smoke
+    )
+    try:
+        benchmark.run()
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from the rows in {benchmark.rows}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row is of: a method with a rate and seed, or the base."""
+
+    method: str = "base"
+    rate: float | None = None
+    seed: int | None = None
+    test: bool = False
+
+    def file(self, folder: Path) -> Path:
+        """Where its row is kept."""
+        kind = "test" if self.test else "search"
+        return folder / f"{self.method}-{self.rate}-{self.seed}-{kind}.json"
 
 
 @dataclass(frozen=True)
@@ -126,6 +162,7 @@ class Benchmark:
     size: Size
     data: Path
     work: Path
+    workers: int
     smoke: bool
 
     @property
@@ -136,41 +173,59 @@ class Benchmark:
 
     def run(self) -> None:
         """Base, search, then the chosen methods with the other seeds."""
-        base = self.row("base", None, None, test=True)
+        base = self.measured([Task(test=True)])[0]
         self._write(base, {}, {}, {})
-        searched: dict[str, dict[str, Any]] = {}
-        middle = RATES[len(RATES) // 2]
-        first = {basis: self.row(f"nora_64_8_{basis}", middle, 0) for basis in BASES}
+        of_bases = {basis: f"nora_64_8_{basis}" for basis in BASES}
+        middle = {basis: Task(name, middle_of(rates(name)), 0) for basis, name in of_bases.items()}
+        first = dict(zip(middle, self.measured(list(middle.values())), strict=True))
         best = sorted(BASES, key=lambda basis: first[basis]["validation"], reverse=True)[:2]
-        chosen = (*FIXED, *(f"nora_64_8_{basis}" for basis in best))
-        for method in chosen:
-            tries = {f"{rate:g}": self.row(method, rate, 0)["validation"] for rate in RATES}
-            searched[method] = {
-                "validation": tries,
-                "learning_rate": max(RATES, key=lambda rate: tries[f"{rate:g}"]),
-            }
-            self._write(base, first, searched, {})
+        chosen = (*FIXED, *(of_bases[basis] for basis in best))
+        self.measured([Task(method, rate, 0) for method in chosen for rate in rates(method)])
+        searched = {method: self._search(method) for method in chosen}
+        self._write(base, first, searched, {})
         finals: dict[str, list[dict[str, Any]]] = {method: [] for method in chosen}
         for seed in SEEDS:
-            for method in chosen:
-                rate = searched[method]["learning_rate"]
-                finals[method].append(self.row(method, rate, seed, test=True))
-                self._write(base, first, searched, finals)
+            tasks = [
+                Task(method, searched[method]["learning_rate"], seed, test=True)
+                for method in chosen
+            ]
+            for row in self.measured(tasks):
+                finals[row["method"]].append(row)
+            self._write(base, first, searched, finals)
         print(json.dumps(summarise(base, finals), indent=2))
 
-    def row(
-        self, method: str, rate: float | None, seed: int | None, test: bool = False
-    ) -> dict[str, Any]:
-        """The measured row of one training, from the work folder if it is there."""
-        kind = "test" if test else "search"
-        file = self.rows / f"{method}-{rate}-{seed}-{kind}.json"
-        if not file.is_file():
-            self.rows.mkdir(parents=True, exist_ok=True)
-            row = in_a_process(measure, self, method, rate, seed, test)
-            write_atomically(file, json.dumps(row).encode())
-            told = {k: v for k, v in row.items() if k != "sets"}
-            print(json.dumps(told | accuracies(row)), flush=True)
-        return json.loads(file.read_bytes())
+    def _search(self, method: str) -> dict[str, Any]:
+        """Scores of a method's rates, which have been measured."""
+        tried = self.measured([Task(method, rate, 0) for rate in rates(method)])
+        best = max(tried, key=lambda row: row["validation"])
+        return {
+            "validation": {f"{row['learning_rate']:g}": row["validation"] for row in tried},
+            "learning_rate": best["learning_rate"],
+        }
+
+    def measured(self, tasks: list[Task]) -> list[dict[str, Any]]:
+        """The rows of these trainings, from the work folder where they are there."""
+        self.rows.mkdir(parents=True, exist_ok=True)
+        left = [task for task in tasks if not task.file(self.rows).is_file()]
+        if left:
+            self.measure(left)
+        return [json.loads(task.file(self.rows).read_bytes()) for task in tasks]
+
+    def measure(self, tasks: list[Task]) -> None:
+        """Each in a fresh process; every row is stored as it comes."""
+        workers = min(self.workers, len(tasks))
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1,
+            initializer=share_cores, initargs=(workers,),
+        )  # fmt: skip
+        with pool:
+            side_by_side(pool, workers, partial(measure_row, self), tasks, self.store)
+
+    def store(self, task: Task, row: dict[str, Any]) -> None:
+        """Keep a finished row."""
+        write_atomically(task.file(self.rows), json.dumps(row).encode())
+        told = {k: v for k, v in row.items() if k != "sets"}
+        print(json.dumps(told | accuracies(row)), flush=True)
 
     def _write(
         self,
@@ -190,6 +245,7 @@ class Benchmark:
                 "targets": TARGETS,
                 "rates": RATES,
                 "tries_a_method": {m: len(s["validation"]) for m, s in searched.items()},
+                "init_of_nora": "gradient",
                 "criterion": "mean log-probability of the right option, validation questions",
                 "choice_of_bases": {b: row["validation"] for b, row in first.items()},
                 "search": searched,
@@ -207,17 +263,19 @@ class Benchmark:
         )
 
 
-def in_a_process(call: Callable[..., Any], *given: Any) -> Any:
-    """What a call returns, made in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, *given).result()
+def share_cores(workers: int) -> None:
+    """In a worker: its part of the cores; Ctrl-C is for the parent, which waits for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
-def measure(
-    benchmark: Benchmark, method: str, rate: float | None, seed: int | None, test: bool
-) -> dict[str, Any]:
+def measure_row(benchmark: Benchmark, task: Task) -> dict[str, Any]:
     """A row, measured: one training and its scores."""
-    return Bench(benchmark).row(method, rate, seed, test)
+    return Bench(benchmark).row(task)
+
+
+def middle_of(values: tuple[float, ...]) -> float:
+    return values[len(values) // 2]
 
 
 class Bench:
@@ -235,18 +293,20 @@ class Bench:
             self.tokenizer.pad_token_id, logits_to_keep=takes_logits_to_keep(self.base)
         )
 
-    def row(self, method: str, rate: float | None, seed: int | None, test: bool) -> dict[str, Any]:
+    def row(self, task: Task) -> dict[str, Any]:
         """Train where there is something to train, and answer the questions."""
-        row: dict[str, Any] = {"method": method, "learning_rate": rate, "seed": seed}
+        row: dict[str, Any] = {
+            "method": task.method, "learning_rate": task.rate, "seed": task.seed,
+        }  # fmt: skip
         model = self.base
-        if rate is not None and seed is not None:
-            model, measured = self._train(method, rate, seed)
+        if task.rate is not None and task.seed is not None:
+            model, measured = self._train(task.method, task.rate, task.seed)
             row |= measured
-        if not test or seed in (0, None):
+        if not task.test or task.seed in (0, None):
             scores = [self._evaluate(model, file, 1) for file in self.validation]
             values = [p for one in scores for p in one.probability]
             row["validation"] = float(np.mean(np.log(values)))
-        if test:
+        if task.test:
             row["sets"] = {
                 name: asdict(self._evaluate(model, file, 12))
                 for name, file in zip(SETS, self.test, strict=True)
@@ -344,80 +404,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the watch."""
         self.seconds.append(self.now() - self._start)
-
-
-def accuracies(row: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy a set of a row, both ways, and the right option's mean probability."""
-    return {
-        name: {
-            "questions": len(one["correct"]),
-            "likelihood": share(one["likelihood"], one["correct"]),
-            "generated": share(one["generated"], one["correct"]),
-            "probability": float(np.mean(one["probability"])),
-        }
-        for name, one in row.get("sets", {}).items()
-    }
-
-
-def share(given: list[int], wanted: list[int]) -> float:
-    return float(np.mean(np.asarray(given) == np.asarray(wanted)))
-
-
-def summarise(base: dict[str, Any], finals: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds, and the difference to LoRA r 32 with its bootstrap interval."""
-    summary: dict[str, Any] = {"base": {k: float(hits(base, k).mean()) for k in KINDS}}
-    reference = finals["lora_r32"]
-    for method, rows in finals.items():
-        pairs = [
-            (row, other) for row in rows for other in reference if row["seed"] == other["seed"]
-        ]
-        if not pairs:
-            continue
-        entry: dict[str, Any] = {
-            "seeds": len(rows),
-            "learning_rate": rows[0]["learning_rate"],
-            "trained_parameters": rows[0]["trained_parameters"],
-            "trained_share_of_lora_r32": (
-                rows[0]["trained_parameters"] / reference[0]["trained_parameters"]
-            ),
-            "file_bytes": rows[0]["file_bytes"],
-            "step_s": statistics.median(row["step_s"] for row in rows),
-            "activation_bytes_of_4_examples": rows[0]["activation_bytes_of_4_examples"],
-        }
-        for kind in KINDS:
-            entry[kind] = float(np.mean([hits(row, kind).mean() for row in rows]))
-            differences = [hits(row, kind) - hits(other, kind) for row, other in pairs]
-            entry[f"{kind}_minus_lora_r32"] = bootstrap(np.mean(differences, axis=0))
-        summary[method] = entry
-    return summary
-
-
-KINDS = ("likelihood", "generated", "probability")
-
-
-def hits(row: dict[str, Any], kind: str) -> np.ndarray:
-    """A number a question, over all sets: right or not, or the probability of the right option."""
-    values: list[float] = []
-    for one in row["sets"].values():
-        wanted = one["correct"]
-        values += (
-            one["probability"] if kind == "probability"
-            else [float(a == b) for a, b in zip(one[kind], wanted, strict=True)]
-        )  # fmt: skip
-    return np.asarray(values)
-
-
-def bootstrap(differences: np.ndarray, draws: int = 10_000) -> dict[str, float]:
-    """Mean of paired differences and its 95 % interval over questions drawn again."""
-    generator, count = np.random.default_rng(0), len(differences)
-    means = np.concatenate(
-        [
-            differences[generator.integers(0, count, (100, count))].mean(1)
-            for _ in range(draws // 100)
-        ]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
 
 
 if __name__ == "__main__":

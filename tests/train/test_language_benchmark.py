@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,11 @@ def results(benchmark, monkeypatch, tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         write_questions(tmp_path / "data" / name / "train.json", 6)
         write_questions(tmp_path / "data" / name / "test.json", 3)
-    monkeypatch.setattr(benchmark, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(benchmark, "RATES", {"lora": (1e-3, 1e-2), "nora": (2e-3, 2e-2)})
     monkeypatch.setattr(benchmark, "SEEDS", (1,))
     monkeypatch.setattr(benchmark, "BASES", ("weight", "random"))
     # In this process, which alone knows the smaller settings above.
-    monkeypatch.setattr(benchmark, "in_a_process", lambda call, *given: call(*given))
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     written = []
     monkeypatch.setattr(benchmark, "write_result", lambda name, found, note: written.append(found))
     base = save_base(tmp_path / "base")
@@ -42,7 +43,7 @@ def results(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "TARGETS", ["q_proj", "down_proj"])
 
     def run():
-        benchmark.Benchmark(base, "cpu", size, tmp_path / "data", tmp_path / "work", False).run()
+        benchmark.Benchmark(base, "cpu", size, tmp_path / "data", tmp_path / "work", 1, False).run()
         return written[-1]
 
     return run(), run
@@ -53,7 +54,9 @@ def test_every_method_gets_the_same_tries_and_seeds(benchmark, results):
     tries = found["tries_a_method"]
     assert len(tries) == len(benchmark.FIXED) + 2
     assert set(tries.values()) == {2}
-    assert all(set(s["validation"]) == {"0.001", "0.01"} for s in found["search"].values())
+    for method, searched in found["search"].items():
+        wanted = {"0.002", "0.02"} if method.startswith("nora") else {"0.001", "0.01"}
+        assert set(searched["validation"]) == wanted
     rows = {method: [r for r in found["rows"] if r["method"] == method] for method in tries}
     assert all([row["seed"] for row in of_one] == [1] for of_one in rows.values())
     assert {row["learning_rate"] for row in rows["lora_r8"]} == {
