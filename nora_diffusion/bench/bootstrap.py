@@ -27,13 +27,19 @@ def interval(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float]:
 def paired_interval(
     rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], key: str
 ) -> dict[str, float]:
-    """Mean difference of two methods on the same subjects and seeds, and its 95 % interval."""
+    """Mean difference of two methods on the same subjects and seeds, and its 95 % interval.
+
+    Raises:
+        ValueError: they have no subject and seed in common.
+    """
     of_other = {(row["subject"], row["seed"]): row[key] for row in others if key in row}
     differences: dict[str, list[float]] = {}
     for row in rows:
         pair = (row["subject"], row["seed"])
         if key in row and pair in of_other:
             differences.setdefault(row["subject"], []).append(row[key] - of_other[pair])
+    if not differences:
+        raise ValueError(f"{key}: no subject and seed in common")
     low, high = _interval(list(differences.values()))
     mean = float(np.mean([value for values in differences.values() for value in values]))
     return {"mean": round(mean, 5), "low": low, "high": high}

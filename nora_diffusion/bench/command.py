@@ -87,15 +87,16 @@ def _multi(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, run: Callable[..., dict[str, Any]], plan: Any) -> int:
+    from nora_diffusion.bench.plots import PLOTS
+
     name = args.what
     if args.quick:
         plan, name = _quick(plan), f"{name}-quick"
     results = run(plan, _ledger(args), _saver(args, name))
     if results["summary"]:
-        from nora_diffusion.bench.plots import plot_methods
-
         print(_table(results["summary"]))
-        print(f"plot: {plot_methods(results['summary'], args.out / f'{name}.png')}")
+    key, draw = PLOTS[args.what]
+    print(f"plot: {draw(results[key], args.out / f'{name}.png')}")
     print(f"all numbers: {args.out / name}.json")
     return 0
 

@@ -8,19 +8,21 @@ A page marks the parts that are rendered::
 
 The part's template is ``benchmarks/report/subject.md`` (jinja2), where ``results("subject")`` is
 what ``benchmarks/results/subject.json`` holds under "results", and ``record("subject")`` the whole.
+The plots of ``PLOTS`` are drawn from the same results into ``docs/images``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
+from nora_diffusion.bench.plots import PLOTS, shows
 from nora_diffusion.config import UserError
 from nora_diffusion.disk import write_atomically
 
@@ -28,7 +30,7 @@ _PART = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end of report -->)"
 
 
 def write_report(root: Path) -> list[Path]:
-    """Render every marked part anew; returns the pages that changed.
+    """Render every marked part and plot anew; returns the files that changed.
 
     Raises:
         UserError: when a template or a result is missing.
@@ -38,21 +40,34 @@ def write_report(root: Path) -> list[Path]:
         if text != rendered:
             write_atomically(page, rendered.encode())
             changed.append(page)
+    for path, draw, content in _stale_plots(root):
+        changed.append(draw(content, path))
     return changed
 
 
 def check_report(root: Path) -> list[str]:
-    """The parts that do not say what the results say, as ``PAGE: PART``.
+    """The parts and plots that do not say what the results say, as ``PAGE: PART``.
 
     Raises:
         UserError: when a template or a result is missing.
     """
-    return [
+    parts = [
         f"{page.relative_to(root)}: {old[2]}"
         for page, text, rendered in _pages(root)
         for old, new in zip(_PART.finditer(text), _PART.finditer(rendered), strict=True)
         if old[3] != new[3]
     ]
+    return parts + [str(path.relative_to(root)) for path, _, _ in _stale_plots(root)]
+
+
+def _stale_plots(root: Path) -> Iterator[tuple[Path, Callable[[Any, Path], Path], Any]]:
+    """Plots that do not show the recorded numbers: where each belongs, what draws it, of what."""
+    for name, (key, draw) in PLOTS.items():
+        results = root / "benchmarks" / "results" / f"{name}.json"
+        content = json.loads(results.read_bytes())["results"].get(key) if results.is_file() else []
+        path = root / "docs" / "images" / f"bench-{name}.png"
+        if content and not shows(path, content):
+            yield path, draw, content
 
 
 def _pages(root: Path) -> Iterator[tuple[Path, str, str]]:
@@ -95,7 +110,7 @@ def _environment(root: Path) -> Environment:
             ) from None
 
     environment.globals |= {"record": record, "results": lambda name: record(name)["results"]}
-    environment.filters |= {"share": share, "aim": aim}
+    environment.filters |= {"share": share, "aim": aim, "difference": difference}
     return environment
 
 
@@ -107,3 +122,11 @@ def share(value: float, digits: int = 0) -> str:
 def aim(text: str, met: bool) -> str:
     """A number that missed its aim, as what it is."""
     return text if met else f"**{text}** (missed)"
+
+
+def difference(against: dict[str, Any], other: str, key: str) -> str:
+    """A line's difference to another method as "+0.012 (-0.003 to 0.027)"; "-" for itself."""
+    if other not in against:
+        return "-"
+    found = against[other][key]
+    return f"{found['mean']:+.3f} ({found['low']:.3f} to {found['high']:.3f})"

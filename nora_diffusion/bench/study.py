@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nora_diffusion.bench.bootstrap import interval
+from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
 from nora_diffusion.bench.methods import BASELINES, PAPER, VARIANTS, Method, lora, nora
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
 SEARCHED_ON = ("rooster", "cactus")
+REFERENCES = ("LoRA r 1", "LoRA r 2", "LoRA r 16")
+"""What every method is compared with, run by run."""
 FINALISTS = 4
 ABLATION = (
     lora("outer trained, no inner (PiSSA r 32)", 32, init_lora_weights="pissa"),
@@ -217,10 +219,14 @@ def sizes(rows: Sequence[Row]) -> Row:
 
 
 def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A line for each method, with intervals over subjects and seeds."""
+    """A line for each method: means, intervals over subjects and seeds, and ``against``.
+
+    These are differences to the ``REFERENCES`` on the same subjects and seeds, with intervals.
+    """
+    rows = [{**row, "score": score(row)} for row in rows]
+    of_method = {name: [row for row in rows if row["method"] == name] for name in methods}
     lines: list[dict[str, Any]] = []
-    for name in methods:
-        own = [row for row in rows if row["method"] == name]
+    for name, own in of_method.items():
         if not own:
             continue
         lines.append(
@@ -229,11 +235,28 @@ def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any
                 **mean_row(own),
                 **sizes(own),
                 "learning_rate": own[0]["learning_rate"],
-                "score": statistics.mean(map(score, own)),
+                "score": statistics.mean(row["score"] for row in own),
                 "intervals": {
                     key: interval(own, key)
                     for key in ("gap_closed", "text_adapted", "background_adapted")
                 },
+                "against": {
+                    other: {
+                        key: paired_interval(own, of_method[other], key)
+                        for key in ("score", "gap_closed", "text_adapted")
+                    }
+                    for other in REFERENCES
+                    if other != name and of_method.get(other) and _in_common(own, of_method[other])
+                },
             }
         )
     return lines
+
+
+def _in_common(rows: Sequence[Row], others: Sequence[Row]) -> bool:
+    """Whether any subject and seed was learnt by both."""
+    usable = (
+        {(row["subject"], row["seed"]) for row in some if "diverged" not in row}
+        for some in (rows, others)
+    )
+    return not set.isdisjoint(*usable)

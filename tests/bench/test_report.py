@@ -68,6 +68,27 @@ def test_what_is_missing_is_named(checkout, tmp_path):
         check_report(tmp_path / "docs")
 
 
+def test_plots_are_drawn_again_when_their_numbers_change(checkout):
+    write_report(checkout)
+    results, plot = (
+        checkout / "benchmarks/results/ranks.json",
+        checkout / "docs/images/bench-ranks.png",
+    )
+    cells = [
+        {"subject": "poodle", "r": r, "inner_r": k, "score": 0.1 * k}
+        for r, k in ((4, 1), (8, 1), (8, 2))
+    ]
+    results.write_text(json.dumps({"results": {"cells": cells}}))
+    assert check_report(checkout) == ["docs/images/bench-ranks.png"]
+    assert write_report(checkout) == [plot]
+    assert check_report(checkout) == [] and write_report(checkout) == []
+    cells[0]["score"] = 0.3
+    results.write_text(json.dumps({"results": {"cells": cells}}))
+    assert check_report(checkout) == ["docs/images/bench-ranks.png"]
+    results.write_text(json.dumps({"results": {"cells": []}}))  # nothing measured yet
+    assert check_report(checkout) == []
+
+
 def test_filters():
     assert share(0.194) == "19 %" and share(-0.0051, 1) == "-0.5 %"
     assert aim("3 s", True) == "3 s" and aim("3 s", False) == "**3 s** (missed)"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,16 @@ from nora_diffusion.adapter.factors import BASES
 from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger
 from nora_diffusion.bench.methods import BASELINES, PAPER, RATES, VARIANTS, lora, nora
-from nora_diffusion.bench.ranks import guideline
-from nora_diffusion.bench.study import Plan, mean_row, run_ablation, run_study, score
+from nora_diffusion.bench.ranks import guideline, run_ranks
+from nora_diffusion.bench.report import write_report
+from nora_diffusion.bench.study import (
+    REFERENCES,
+    Plan,
+    mean_row,
+    run_ablation,
+    run_study,
+    score,
+)
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
@@ -36,7 +45,8 @@ def simulated(trial):
         return {**trial.key, "diverged": "loss not finite"}
     return {
         **trial.key, "trained_parameters": 10, "file_bytes": 20, "gap_closed": gap,
-        "background_base": 1.0, "background_adapted": 0.9, "text_adapted": 0.6, "class_moved": 0.1,
+        "background_base": 1.0, "background_adapted": 0.9, "text_base": 0.7, "text_adapted": 0.6,
+        "class_moved": 0.1,
     }  # fmt: skip
 
 
@@ -137,6 +147,18 @@ def test_pairs_take_out_what_subjects_have_in_common():
     assert found == {"mean": 0.05, "low": 0.05, "high": 0.05}
 
 
+def test_every_method_is_compared_with_the_references_run_by_run(ledger):
+    found = {line["method"]: line for line in run_study(PLAN, ledger, lambda row: None)["summary"]}
+    assert set(found[PAPER.name]["against"]) == set(REFERENCES)
+    assert set(found["LoRA r 1"]["against"]) == {"LoRA r 2", "LoRA r 16"}
+    difference = found[PAPER.name]["against"]["LoRA r 1"]["gap_closed"]
+    wanted = found[PAPER.name]["gap_closed"] - found["LoRA r 1"]["gap_closed"]
+    assert difference["mean"] == pytest.approx(wanted, abs=2e-5)
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    with pytest.raises(ValueError, match="no subject and seed in common"):
+        paired_interval(rows_of("a", {"x": [0.1]}), rows_of("b", {"y": [0.1]}), "gap_closed")
+
+
 def test_the_guideline_finds_a_planted_law():
     cells = [
         {
@@ -187,3 +209,57 @@ def test_the_plot_shows_every_method(ledger, tmp_path, monkeypatch):
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4", "5"]
     assert all(line["method"] in figure.get_supxlabel() for line in summary)
+
+
+def test_the_map_of_ranks_shows_every_pair_in_its_place(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from nora_diffusion.bench import plots
+
+    cells = [
+        {"subject": subject, "r": r, "inner_r": k, "score": r / 100 + k / 1000}
+        for subject in ("poodle", "hibiscus") for r, k in ((4, 1), (32, 1), (32, 8))
+    ]  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    plots.plot_ranks(cells, tmp_path / "plot.png")
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["poodle", "hibiscus"]
+    for axes in figure.axes:
+        columns = [text.get_text() for text in axes.get_xticklabels()]
+        rows = [text.get_text() for text in axes.get_yticklabels()]
+        assert (columns, rows) == (["4", "32"], ["1", "8"])
+        placed = {(columns[int(x)], rows[int(y)]): text.get_text() for text in axes.texts
+                  for x, y in [text.get_position()]}  # fmt: skip
+        assert placed == {("4", "1"): "0.04", ("32", "1"): "0.32", ("32", "8"): "0.33"}
+
+
+def test_the_templates_of_the_report_render_what_the_studies_give(ledger, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copytree(RESULTS.parent / "report", tmp_path / "benchmarks/report")
+    results = tmp_path / "benchmarks/results"
+    results.mkdir()
+    studies = {"methods": run_study, "ablation": run_ablation, "ranks": run_ranks}
+    found = {name: run(PLAN, ledger, lambda row: None) for name, run in studies.items()}
+    numbers = {
+        "gap_closed": 0.2, "text_adapted": 0.5, "background_adapted": 0.9, "background_base": 1.0,
+        "nearest_is_subject": 0.1,
+    }  # fmt: skip
+    found["multi"] = {"rows": [{"how": how, **numbers} for how in ("separate", "blended")]}
+    page = ""
+    for name, result in found.items():
+        for line in result.get("summary", ()):
+            line["step_cpu_s"] = 0.4  # the simulated ones have none
+        (results / f"{name}.json").write_text(json.dumps({"results": result}))
+        page += f"<!-- report: {name} -->\n<!-- end of report -->\n"
+    (tmp_path / "README.md").write_text(page)
+    write_report(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"| {m.name} |" in text for m in (*BASELINES, PAPER))
+    assert "| LoRA r 1 | - |" in text  # no difference to itself
+    assert "| nothing: outer factors frozen, no inner pair |" in text
+    assert "Smallest pair within 5 % of a subject's best score:" in text
+    assert "| one adapter of both |" not in text and "| both adapters at once | 1 |" in text
+    for name in studies:
+        assert (tmp_path / f"docs/images/bench-{name}.png").stat().st_size > 10_000
