@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -16,7 +16,7 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
-from functools import partial
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,34 +56,25 @@ class Ledger:
             if row.pop("about") == about:
                 self._rows[_name(row)] = row
 
-    def find(self, trial: Trial, drift: bool = False) -> Row | None:
-        """The row of a trial; None where there is none, or none with the drift that is wanted."""
-        row = self._rows.get(_name(trial.key))
-        if row is None:
-            return None
-        missing = drift and "class_moved" not in row and "diverged" not in row
-        return None if missing else row
+    def find(self, trial: Trial) -> Row | None:
+        """The row of a trial; None where there is none."""
+        return self._rows.get(_name(trial.key))
 
-    def run(
-        self,
-        trials: Sequence[Trial],
-        drift: bool = False,
-        on_row: Callable[[], None] = lambda: None,
-    ) -> list[Row]:
+    def run(self, trials: Sequence[Trial], on_row: Callable[[], None] = lambda: None) -> list[Row]:
         """Rows of all the trials, in their order; ``on_row`` is called after each new one."""
-        left = [trial for trial in trials if self.find(trial, drift) is None]
+        left = [trial for trial in trials if self.find(trial) is None]
         if left:
-            self._measure(left, drift, on_row)
-        return [self.row(trial, drift) for trial in trials]
+            self._measure(left, on_row)
+        return [self.row(trial) for trial in trials]
 
-    def row(self, trial: Trial, drift: bool = False) -> Row:
+    def row(self, trial: Trial) -> Row:
         """The row of a finished trial."""
-        row = self.find(trial, drift)
+        row = self.find(trial)
         if row is None:
             raise KeyError(f"not measured: {trial.key}")
         return row
 
-    def _measure(self, trials: Sequence[Trial], drift: bool, on_row: Callable[[], None]) -> None:
+    def _measure(self, trials: Sequence[Trial], on_row: Callable[[], None]) -> None:
         # Fresh processes: torch takes its number of threads from the environment at the start.
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
@@ -98,13 +89,18 @@ class Ledger:
                 bar.update()
                 on_row()
 
-            side_by_side(pool, workers, partial(_work, drift=drift), trials, finished)
+            side_by_side(pool, workers, _work, trials, finished)
 
     def _write(self, trial: Trial, row: Row) -> None:
         self._rows[_name(trial.key)] = row
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "a", encoding="utf-8") as file:  # one write: lines do not mix
-            file.write(json.dumps({**row, "about": self.about}) + "\n")
+        line = json.dumps({**row, "about": self.about}).encode() + b"\n"
+        with open(self.file, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # half a line, of a run that was killed
+                    line = b"\n" + line
+            file.write(line)  # one write: lines do not mix
 
 
 def side_by_side(
@@ -118,24 +114,44 @@ def side_by_side(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once what was in progress has been handed over.
+        Exception: of the first call that failed, likewise.
     """
     waiting, running = iter(items), dict[Future[R], T]()
 
     def start(count: int) -> None:
         # No more than there are workers: what a pool has queued cannot be taken back at a stop.
-        running.update((pool.submit(call, item), item) for item in islice(waiting, count))
+        with _interrupts_held():
+            running.update((pool.submit(call, item), item) for item in islice(waiting, count))
 
     try:
         start(workers)
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                start(1)
                 finished(running.pop(future), future.result())
-    except KeyboardInterrupt:
-        print("stopping: what is in progress is finished first", file=sys.stderr)
-        for future in as_completed(running):
-            finished(running[future], future.result())
+                start(1)
+    except BaseException as stop:
+        print(f"stopping ({type(stop).__name__}): what is in progress is finished", file=sys.stderr)
+        for future in as_completed(list(running)):
+            if future.exception() is None:
+                with suppress(Exception):  # the first failure is the one that is told
+                    finished(running[future], future.result())
         raise
+
+
+@contextmanager
+def _interrupts_held() -> Generator[None, None, None]:
+    """Ctrl-C waits; a process started meanwhile never gets it, as it inherits the mask.
+
+    A worker that is still importing would die of it and take the others with it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _name(row: Row) -> str:
@@ -156,5 +172,5 @@ def _start_worker(work: Path, sampling_steps: int) -> None:
     _ruler = Ruler(work, sampling_steps)
 
 
-def _work(trial: Trial, drift: bool) -> Row:
-    return run_trial(trial, _ruler, drift)
+def _work(trial: Trial) -> Row:
+    return run_trial(trial, _ruler)

@@ -69,7 +69,7 @@ def run_multi(
                     if (how, name, one.name, seed) in done:
                         continue
                     adapted = _adapted(files if how != "separate" else files[index : index + 1])
-                    found = ruler.measure(adapted, one, seed, drift=False, trigger=trigger)
+                    found = ruler.measure(adapted, one, seed, trigger)
                     of_row = {"how": how, "pair": name, "subject": one.name, "seed": seed}
                     rows.append({**of_row, **{k: round(v, 5) for k, v in found.items()}})
                     save(rows)

@@ -46,7 +46,7 @@ def run_ranks(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
         study.results["guideline"] = guideline(cells)
         save(study.results)
 
-    ledger.run(trials, on_row=so_far)
+    ledger.run(trials, so_far)
     so_far()
     return study.results
 
@@ -78,7 +78,8 @@ def guideline(cells: Sequence[Row]) -> Row:
     for subject in dict.fromkeys(cell["subject"] for cell in cells):
         own = [cell for cell in cells if cell["subject"] == subject]
         best = max(cell["score"] for cell in own)
-        good = [cell for cell in own if cell["score"] >= GOOD_ENOUGH * best]
+        enough = best - (1 - GOOD_ENOUGH) * abs(best)  # the best may be below 0
+        good = [cell for cell in own if cell["score"] >= enough]
         least = min(good, key=lambda cell: cell["trained_parameters"] or math.inf)
         smallest[subject] = {key: least[key] for key in ("r", "inner_r", "score")}
     if len(cells) < 4:

@@ -83,16 +83,9 @@ class Ruler:
         self.gallery, self.probe = Gallery.shipped(), BackgroundProbe.shipped()
         self._references: dict[str, Reference] = {}
 
-    def measure(
-        self,
-        adapted: Family,
-        views: Views,
-        seed: int,
-        drift: bool = True,
-        trigger: str = TRIGGER,
-    ) -> Numbers:
-        """Draw with an adapted mini and score it; arguments of ``draw``, result of ``score``."""
-        return self.score(self.draw(adapted, views, seed, drift, trigger), views, seed)
+    def measure(self, adapted: Family, views: Views, seed: int, trigger: str = TRIGGER) -> Numbers:
+        """Draw with the trigger word and score; arguments of ``draw``, result of ``score``."""
+        return self.score(self.draw(adapted, views, seed, False, trigger), views, seed)
 
     def draw(
         self,

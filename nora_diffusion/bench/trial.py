@@ -57,7 +57,7 @@ class Trial:
         }
 
 
-def run_trial(trial: Trial, ruler: Ruler, drift: bool = True) -> dict[str, Any]:
+def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
     """Train and measure; a training that diverges scores as one that learns nothing."""
     views = subject_views(trial.subject, ruler.work, PHOTO_PX)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def run_trial(trial: Trial, ruler: Ruler, drift: bool = True) -> dict[str, Any]:
         "step_cpu_s": round(seconds / trial.steps, 4),
         **{
             name: round(number, 5)
-            for name, number in ruler.measure(session.family, views, trial.seed, drift).items()
+            for name, number in ruler.measure(session.family, views, trial.seed).items()
         },
     }
 

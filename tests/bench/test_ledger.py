@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nora_diffusion.bench.ledger import side_by_side
+from nora_diffusion.bench.ledger import Ledger, side_by_side
+from nora_diffusion.bench.methods import nora
+from nora_diffusion.bench.trial import Trial
 
 
 def test_every_item_is_done_once_and_no_more_than_the_workers_at_a_time():
@@ -43,3 +45,28 @@ def test_a_stop_keeps_what_was_in_progress_and_starts_nothing_more():
         side_by_side(pool, 2, call, range(50), finished)
     assert sorted(done) == sorted(started)
     assert len(started) < 10
+
+
+def test_one_failure_loses_nothing_else():
+    done = []
+
+    def call(number: int) -> int:
+        if number == 3:
+            raise OSError("no space left")
+        threading.Event().wait(0.01 * number)
+        return number
+
+    with ThreadPoolExecutor(3) as pool, pytest.raises(OSError, match="no space left"):
+        side_by_side(pool, 3, call, range(3, 50), lambda _, result: done.append(result))
+    assert done == [4, 5]  # what ran beside it, and nothing more
+
+
+def test_half_a_line_of_a_killed_run_spoils_no_other(tmp_path):
+    ledger = Ledger(tmp_path / "trials.jsonl", tmp_path, {"base": "x"}, 2, 1)
+    trials = [Trial(nora(), subject, 1e-2, 0, 5) for subject in ("poodle", "cactus")]
+    ledger._write(trials[0], {**trials[0].key, "gap_closed": 0.1})
+    with open(ledger.file, "a") as file:
+        file.write('{"method": "cut sho')
+    ledger._write(trials[1], {**trials[1].key, "gap_closed": 0.2})
+    again = Ledger(ledger.file, tmp_path, {"base": "x"}, 2, 1)
+    assert [again.row(trial)["gap_closed"] for trial in trials] == [0.1, 0.2]
