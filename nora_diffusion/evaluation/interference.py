@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nora_diffusion.adapter.blending import set_weights
-from nora_diffusion.adapter.files import adapter_info, load_adapter
+from nora_diffusion.adapter.files import adapter_info
+from nora_diffusion.denoiser_hooks import load_adapter
 from nora_diffusion.families import load_family
 from nora_diffusion.families.base import DTYPES, Family, Framing
 

@@ -121,20 +121,6 @@ def trained_parameters(models: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
-def adapter_tensors(models: dict[str, nn.Module]) -> list[Tensor]:
-    """All tensors that make up the adapters: inner pairs, their start, outer factors."""
-    return [
-        tensor
-        for model in models.values()
-        for _, layer in iter_nora_layers(model)
-        for part in (
-            layer.nora_inner_A, layer.nora_inner_B, layer.nora_initial_A, layer.nora_initial_B,
-            layer.nora_outer,
-        )
-        for tensor in (*part.parameters(), *part.buffers())
-    ]  # fmt: skip
-
-
 def fitted_factors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Outer factors that no weight yields again, as named tensors for a checkpoint."""
     return {

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nora_diffusion import language_config, vision_language_config
-from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.config import Adapter, Train, UserError
 from nora_diffusion.families.objective import LossOptions
 
@@ -56,6 +56,20 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 FIT_BATCHES, START_BATCHES = 32, 16
 """Batches from which a data-driven basis, and the start of the inner pairs, are fitted."""
+
+
+def adapter_tensors(models: Iterable[nn.Module]) -> list[Tensor]:
+    """All tensors that make up NoRA adapters: inner pairs, their start, outer factors."""
+    return [
+        tensor
+        for model in models
+        for _, layer in iter_nora_layers(model)
+        for part in (
+            layer.nora_inner_A, layer.nora_inner_B, layer.nora_initial_A, layer.nora_initial_B,
+            layer.nora_outer,
+        )
+        for tensor in (*part.parameters(), *part.buffers())
+    ]  # fmt: skip
 
 
 def nora_config(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,10 +45,11 @@ from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, open_folder
 from nora_diffusion.settings import UserError, quote
-from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, nora_config
+from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, adapter_tensors, nora_config
 from nora_diffusion.train.processes import Processes, join
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.trainer import (
+    checkpoint_gradients,
     make_trainer,
     newest_checkpoint,
     run_loop,
@@ -130,6 +132,8 @@ def _run(
     model = add_adapter(base, config, quantized=cfg.model.quantize != "none")
     if checkpoint is None:  # else its files hold the fitted factors
         fit(model, config, rows, collator, cfg.train)
+        # What was fitted on several GPUs need not agree to the last bit, nor in its signs.
+        processes.copy_from_first(adapter_tensors([model]))
     report.say(_sizes(model, rows, device))
     arguments = training_arguments(cfg.train, folder / CHECKPOINTS, device)
     trainer = make_trainer(model, rows, collator, arguments)
@@ -216,10 +220,31 @@ def fit(
         batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
         return model(**send_to_device(batch, device)).loss
 
-    if getattr(config, "basis", None) in DATA_BASES:
-        fit_basis(model, starts(batches), step)
-    if getattr(config, "init", None) == "gradient":
-        fit_start(model, starts(min(batches, START_BATCHES)), step)
+    with _as_checkpointed(model, cfg.gradient_checkpointing):
+        if getattr(config, "basis", None) in DATA_BASES:
+            fit_basis(model, starts(batches), step)
+        if getattr(config, "init", None) == "gradient":
+            fit_start(model, starts(min(batches, START_BATCHES)), step)
+
+
+@contextmanager
+def _as_checkpointed(model: PeftModel, wanted: bool) -> Generator[None, None, None]:
+    """Gradient checkpointing as in the run's steps, so that a fit needs no more memory than these.
+
+    Transformers checkpoints only what is in training mode; dropout stays off all the same.
+    """
+    if not wanted:
+        yield
+        return
+    checkpoint_gradients(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:

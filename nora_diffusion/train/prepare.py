@@ -77,7 +77,7 @@ def prepare(
     adapters.add_adapters(cfg, family, inputs, fitted, resumed=checkpoint is not None)
     if cfg.model.compile:
         speed.compile_blocks(parts.denoiser)
-    processes.copy_from_first(adapters.adapter_tensors(models))
+    processes.copy_from_first(common.adapter_tensors(models.values()))
     if processes.strategy == "fsdp":
         shard_denoiser(parts.denoiser, fsdp_settings(cfg), device)
     parameters = adapters.trained_parameters(models)

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,10 @@ from nora_diffusion.train.processes import ALONE, Processes
 from nora_diffusion.train.report import Report
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
+_OPTIONS = {"use_reentrant": False}
+# Releases of transformers differ in how they call gradient checkpointing.
+_NEW, _OLD = "activation_checkpointing", "gradient_checkpointing"
+_CHECKPOINTING = _NEW if _NEW in {field.name for field in fields(TrainingArguments)} else _OLD
 
 
 def run_loop(
@@ -57,7 +62,11 @@ def run_loop(
         trainer.add_callback(follow)
         resumed = "" if checkpoint is None else f", resumed from {checkpoint.name}"
         report.event("start", message=f"{trainer.args.max_steps} steps{resumed}")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
+            # Trainer's loop looks at the number of steps only after one more.
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report.end_loop()
     if follow.stopped_by is not None:
         step, how = trainer.state.global_step, how_to_resume(config, str(report.run))
@@ -97,11 +106,9 @@ def shared_arguments(
     cfg: language_config.Train | vision_language_config.Train, folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """Keywords of ``TrainingArguments`` for a config's section [train], but for learning_rate."""
-    # Named only where it is asked for: releases of transformers differ in how they call it.
     checkpointing: dict[str, Any] = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
+        _CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": _OPTIONS,
+    }  # fmt: skip
     return {
         **(checkpointing if cfg.gradient_checkpointing else {}),
         "output_dir": str(folder),
@@ -180,17 +187,27 @@ class Follow(TrainerCallback):
         self.report.pause()
 
 
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Turn gradient checkpointing on as ``shared_arguments`` does."""
+    getattr(model, f"{_CHECKPOINTING}_enable")(_OPTIONS)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end, or None."""
     found = [
-        (int(match[1]), path)
+        path
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if re.fullmatch(r"checkpoint-\d+", path.name)
     ]
-    for _, path in sorted(found, reverse=True):
+    for path in sorted(found, key=step_of, reverse=True):
         try:
             json.loads((path / _STATE).read_bytes())
             return path
         except (OSError, ValueError):
             warnings.warn(f"{path} was not written to its end and is passed over", stacklevel=2)
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after, from its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -180,6 +180,41 @@ def test_a_run_stopped_twice_equals_one_that_was_not(make, monkeypatch, changes)
         assert_same(weights(whole), weights(stopped))
 
 
+def test_a_run_that_is_complete_trains_no_further_step(make):
+    """4 steps of 6 an epoch: Trainer itself would take a fifth."""
+    config = make(train={"steps": 4, "lr_schedule": "constant"})
+    run = language.run(config)
+    before = weights(run)
+    language.run(config, resume=True)
+    assert_same(weights(run), before)
+    assert not (run / "checkpoints" / "checkpoint-5").exists()
+    steps = [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_fit_has_the_gradient_checkpointing_of_the_run(make, monkeypatch):
+    """Each block runs twice a batch, the second time in backward; what is fitted is the same."""
+    counts, starts = {}, {}
+    fit_start = language.fit_start
+
+    def counted(model, *rest):
+        block = model.get_base_model().model.layers[0]
+        hook = block.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        calls = []
+        fit_start(model, *rest)
+        hook.remove()
+        counts[name] = len(calls)
+        starts[name] = [q.clone() for n, q in model.named_parameters() if "inner_A" in n]
+
+    monkeypatch.setattr(language, "fit_start", counted)
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        language.run(make(folder=name, adapter={"init": "gradient"}, train={"steps": 1}
+                          | {"gradient_checkpointing": checkpointing}))  # fmt: skip
+    assert counts["checkpointed"] == 2 * counts["plain"] > 0
+    for plain, checkpointed in zip(starts["plain"], starts["checkpointed"], strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
 def test_a_checkpoint_that_was_not_finished_is_passed_over(make):
     config = make()
     whole = weights(language.run(config))
