@@ -149,7 +149,7 @@ def tune(
 def other_classes(work: Path, folder: Path, base: ClipBase) -> tuple[Pool, Pool]:
     """Composites of emoji that mini-CLIP was not shown and that are not held out."""
     out = {"train": folder / "tuning-train", "test": folder / "tuning-test"}
-    if not (folder / "tuning-test").exists():
+    if not (folder / "tuning.done").exists():
         shown = {c.name for c in concepts(work, PRESETS["cpu"].clip_concept_set)}
         random = Random(30)
         free = [
@@ -163,6 +163,7 @@ def other_classes(work: Path, folder: Path, base: ClipBase) -> tuple[Pool, Pool]
                 placed = [Placement.draw(random) for _ in behind]
                 images = compositor.render([i] * 8, behind, placed)
                 write_views(images, out[part] / concept.noun.replace("/", " "))
+        (folder / "tuning.done").touch()
     pools = [read_classes(out[part], part, base.prepare) for part in ("train", "test")]
     return pools[0], pools[1]
 

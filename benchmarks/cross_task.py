@@ -121,7 +121,7 @@ def run_once(
     key = {"task": name, "method": method, "learning_rate": rate, "seed": seed}
     row = table.find(key)
     if row is None:
-        model = adapted(task, method)
+        model = adapted(task, method, seed)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         seconds = 0.0 if rate is None else train(model, task, rate, seed)
         scores = {part: evaluate(model, task, part) for part in ("validation", "test")}
@@ -135,11 +135,13 @@ def validation(row: Row) -> float:
     return next(iter(row["validation"].values()))
 
 
-def adapted(task: Task, method: str) -> nn.Module:
+def adapted(task: Task, method: str, seed: int) -> nn.Module:
     """The base with what a method trains; everything else is frozen."""
     model = task.base()
+    torch.manual_seed(seed)  # for LoRA's start
     if method == "nora":
-        return get_peft_model(model, NoraConfig(target_modules="attention", task_type=task.kind))
+        config = NoraConfig(target_modules="attention", task_type=task.kind, seed=seed)
+        return get_peft_model(model, config)
     if method == "lora":
         names = list(attention_projections(model))
         config = LoraConfig(r=8, lora_alpha=8, target_modules=names, task_type=task.kind)

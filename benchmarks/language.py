@@ -13,6 +13,7 @@ memory or a generator's state; with two workers, on half of the cores.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -58,6 +59,7 @@ RATES = {
     "nora": (2e-3, 8e-3, 3e-2),
 }
 SEEDS = (0, 1, 2)
+LEAST_PROBABILITY = 1e-30
 BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 FIXED = ("lora_r8", "lora_r32", "lora_xs_r32")
 NO_SYSTEM_TURN = (
@@ -167,9 +169,14 @@ class Benchmark:
 
     @property
     def rows(self) -> Path:
-        """Where finished rows are kept; another size has another folder."""
-        name = f"{Path(self.base).name}-{'-'.join(map(str, asdict(self.size).values()))}"
-        return self.work / name
+        """Where finished rows are kept: a folder for each base, size, data, device and methods."""
+        settings = [
+            self.base, asdict(self.size), str(self.data.resolve()),
+            resolve_device(self.device).type, TARGETS, RATES,
+            {name: config.to_dict() for name, config in methods().items()},
+        ]  # fmt: skip
+        key = hashlib.sha256(json.dumps(settings, default=sorted, sort_keys=True).encode())
+        return self.work / f"{Path(self.base).name}-{key.hexdigest()[:12]}"
 
     def run(self) -> None:
         """Base, search, then the chosen methods with the other seeds."""
@@ -305,7 +312,9 @@ class Bench:
         if not task.test or task.seed in (0, None):
             scores = [self._evaluate(model, file, 1) for file in self.validation]
             values = [p for one in scores for p in one.probability]
-            row["validation"] = float(np.mean(np.log(values)))
+            # A training that diverged finds nothing likely.
+            sure = np.clip(np.nan_to_num(values, nan=0.0), LEAST_PROBABILITY, None)
+            row["validation"] = float(np.mean(np.log(sure)))
         if task.test:
             row["sets"] = {
                 name: asdict(self._evaluate(model, file, 12))

@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.work / "vlm"
     draw_records(args.work, folder)
-    base = folder / f"base-{args.caption_steps}"
+    base = folder / f"base-{args.caption_steps}-{args.batch_size}"
     if not (base / "captions.json").exists():
         caption(folder, base, args.caption_steps, args.batch_size)
     config = load_config(
@@ -75,7 +75,7 @@ def main() -> None:
             f"data.test={folder / 'place-test.json'}",
             f"train.steps={args.steps}",
             f"train.batch_size={args.batch_size}",
-            f"output.dir={folder / f'run-{args.caption_steps}-{args.steps}'}",
+            f"output.dir={folder / f'run-{args.caption_steps}-{args.steps}-{args.batch_size}'}",
         ],
     )
     begin = time.perf_counter()

@@ -16,7 +16,7 @@ from nora_diffusion import __version__
 from nora_diffusion.disk import is_temporary
 from nora_diffusion.presets import Choice, find_preset
 from nora_diffusion.run_config import RUN_CONFIG, Config, load_config, load_run, shipped_configs
-from nora_diffusion.run_folder import CHECKPOINTS, check_free
+from nora_diffusion.run_folder import CHECKPOINTS, RESULTS, check_free
 from nora_diffusion.schema import RunConfig, get_key, list_keys
 from nora_diffusion.settings import ConfigError, part_overrides, quote
 
@@ -73,6 +73,8 @@ def how_to_resume(config: RunConfig, folder: str) -> str:
     command = f"{config.command} --resume {shlex.quote(folder)}"
     if any(not is_temporary(found) for found in (path / CHECKPOINTS).glob("*-*")):
         return f"continue from its newest checkpoint with: {command}"
+    if (path / RESULTS).is_file():  # of many trainings, each kept when it is done
+        return f"what is finished is kept; go on with: {command}"
     return f"no checkpoint had been saved; start again with: {command}"
 
 

@@ -10,6 +10,7 @@ from nora_diffusion.settings import UserError, quote
 
 EVENTS = "events.jsonl"
 CHECKPOINTS = "checkpoints"
+RESULTS = "results.json"  # of what ends with scores
 
 
 def check_free(

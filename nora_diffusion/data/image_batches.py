@@ -70,11 +70,12 @@ class Records(Dataset):
             for length, record in zip(lengths, records, strict=True)
         ]
         self.records = [r for r, n in zip(records, lengths, strict=True) if n <= max_length]
-        self.left_out, self.longest = len(records) - len(self.records), max(lengths)
         if not self.records:
             raise UserError(
-                f"data.max_length = {max_length}: every record is longer, up to {self.longest}"
+                f"data.max_length = {max_length}: every record is longer, up to {max(lengths)}"
             )
+        self.left_out = len(records) - len(self.records)
+        self.longest = max(length for length in lengths if length <= max_length)
 
     def __len__(self) -> int:
         return len(self.records)

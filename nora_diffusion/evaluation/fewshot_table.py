@@ -29,12 +29,17 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "method": method,
             "shots": shots,
             "accuracy_mean": statistics.fmean(row.accuracy for row in group),
-            "accuracy_std": statistics.pstdev([row.accuracy for row in group]),
+            "accuracy_std": _spread([row.accuracy for row in group]),
             "seeds": len(group),
             "trainable_parameters": group[0].trainable_parameters,
         }
         for (method, shots), group in groups.items()
     ]
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The standard deviation over seeds; one seed shows none."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def table(zero_shot: float, rows: Sequence[Row]) -> str:
@@ -49,7 +54,7 @@ def table(zero_shot: float, rows: Sequence[Row]) -> str:
         for k in shots:
             cell = cells.get((method, k))
             mean = "" if cell is None else f"{cell['accuracy_mean'] * 100:.1f}"
-            spread = "" if cell is None else f" ± {cell['accuracy_std'] * 100:.1f}"
-            line += f"{mean + spread:>14}"
+            std = None if cell is None else cell["accuracy_std"]
+            line += f"{mean + ('' if std is None else f' ± {std * 100:.1f}'):>14}"
         lines.append(line)
     return "\n".join(lines)

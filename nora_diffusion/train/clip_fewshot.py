@@ -10,6 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,19 +21,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
 from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_config import save_config
-from nora_diffusion.run_folder import EVENTS
+from nora_diffusion.run_folder import EVENTS, RESULTS
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
 from nora_diffusion.train.common import nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
-RESULTS, ADAPTERS = "results.json", "adapters"
+ADAPTERS = "adapters"
 SMALLEST_CROP = 0.7  # side of a random crop, as a share of the picture's
 
 
@@ -66,6 +69,20 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
     events = EventLog(folder / EVENTS)
     about = f"{len(train.classes)} classes, {len(train.labels)} pictures to choose from, "
     events.write("start", 0, message=f"{about}{len(test.labels)} to test on")
+    try:
+        return _run_all(config, base, train, test, folder, events)
+    except (KeyboardInterrupt, Exception) as stop:
+        stopped = isinstance(stop, KeyboardInterrupt)
+        with suppress(OSError):  # the disk may be what has failed
+            events.write("stopped" if stopped else "error", message=str(stop) or "stopped")
+        raise
+
+
+def _run_all(
+    config: VisionLanguageConfig, base: ClipBase, train: Pool, test: Pool, folder: Path,
+    events: EventLog,
+) -> Path:  # fmt: skip
+    """Every row that is not there yet; each is kept as it comes."""
     path = folder / RESULTS
     prompts = base.tokenise([config.few_shot.template.format(name) for name in train.classes])
     zero_shot = accuracy(base, prompts, test)
@@ -181,8 +198,11 @@ def train_one(
     Returns:
         The outcome, and the mean loss of the last tenth of the steps.
     """
-    torch.manual_seed(seed)
-    model = get_peft_model(base.model, method.adapter)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(seed)  # LoRA draws its start from torch's own generator
+    adapter = copy(method.adapter)
+    if isinstance(adapter, NoraConfig):
+        adapter.seed = seed
+    model = get_peft_model(base.model, adapter)  # pyright: ignore[reportArgumentType]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=method.learning_rate, weight_decay=config.train.weight_decay

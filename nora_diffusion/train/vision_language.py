@@ -25,7 +25,7 @@ from nora_diffusion.evaluation.picture_answers import ask
 from nora_diffusion.families.base import resolve_device, resolve_dtype
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
-from nora_diffusion.run_folder import CHECKPOINTS, open_folder
+from nora_diffusion.run_folder import CHECKPOINTS, RESULTS, open_folder
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.common import nora_config
 from nora_diffusion.train.processes import ALONE, Processes, join
@@ -39,7 +39,7 @@ from nora_diffusion.train.trainer import (
 from nora_diffusion.train.write_errors import explained, failures_reported
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
-RESULTS, ADAPTER, LORA = "results.json", "adapter.safetensors", "lora"
+ADAPTER, LORA = "adapter.safetensors", "lora"
 VISION = re.compile(r"\b(vision_tower|vision_model|visual)\b")
 LANGUAGE = re.compile(r"\b(language_model|text_model)\b")
 
