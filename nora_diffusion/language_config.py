@@ -50,7 +50,11 @@ class Adapter(Section):
         1.0, "Factor on the adapter's output (of LoRA: alpha divided by r).", gt=0
     )
     dropout: float = setting(
-        0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
+        0.0,
+        "Share dropped while training: of NoRA's hidden features, of which a module has r; of "
+        "LoRA's input.",
+        ge=0.0,
+        lt=1.0,
     )
     init: Literal["orthogonal", "sigma", "gradient"] = setting(
         "orthogonal",
@@ -126,7 +130,7 @@ class Train(Section):
         1, "Forward passes added up for one optimiser step.", ge=1
     )
     learning_rate: float = setting(
-        2e-3, "Peak learning rate: for NoRA about ten times what LoRA takes.", gt=0
+        2e-3, "Peak learning rate: NoRA takes 1 to 10 times what suits LoRA.", gt=0
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = setting(
         "cosine", "Course of the learning rate after the warm-up; cosine and linear end at 0."

@@ -64,7 +64,10 @@ class Adapter(Section):
     inner_r: int = setting(8, "Inner rank: rank of the trained core; at most adapter.r.", ge=1)
     scaling: float = setting(1.0, "Factor on the adapter's output, independent of the ranks.", gt=0)
     dropout: float = setting(
-        0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
+        0.0,
+        "Share of the adapter's hidden features, of which a module has r, dropped while training.",
+        ge=0.0,
+        lt=1.0,
     )
     init: Literal["orthogonal", "sigma", "gradient"] = setting(
         "orthogonal",
@@ -143,8 +146,8 @@ class Train(Section):
     )
     learning_rate: float = setting(
         1e-3,
-        "Peak learning rate: 10 to 20 times what LoRA takes; with prodigy a factor on the rate it "
-        "finds, 1.0 as a rule.",
+        "Peak learning rate: 1 to 10 times what suits LoRA (docs/comparison.md); with prodigy a "
+        "factor on the rate it finds, 1.0 as a rule.",
         gt=0,
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = setting(

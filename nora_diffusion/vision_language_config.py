@@ -45,15 +45,16 @@ class Adapter(Section):
         "weight", "Where the frozen outer directions come from."
     )
     dropout: float = setting(
-        0.0, "Share of the adapter's input dropped while training.", ge=0.0, lt=1.0
+        0.0,
+        "Share of the adapter's hidden features, of which a module has r, dropped while training.",
+        ge=0.0,
+        lt=1.0,
     )
     seed: Seed = setting(0, "Seed of the factorisation and of the inner initialisation.")
     towers: tuple[Tower, ...] = setting(
         ("vision", "language"), "Which towers to adapt.", min_length=1, strict=False
     )
-    learning_rate: float = setting(
-        3e-3, "Peak learning rate: 10 to 20 times what LoRA takes.", gt=0
-    )
+    learning_rate: float = setting(3e-3, "Peak learning rate: 1 to 10 times what suits LoRA.", gt=0)
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:
