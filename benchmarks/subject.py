@@ -13,7 +13,7 @@ EffNet-Lite2 features against twelve *held-out* views:
 * class drift: how far pictures of the class *without* the trigger word moved (1 - cosine to the
   base's pictures of the same seeds) and how much nearer to the subject.
 
-Finished runs are kept in the work folder and not repeated; rows are saved as they come.
+With `--runs DIR` finished runs are kept there and not repeated; rows are saved as they come.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from _common import write_result
 
 from nora_diffusion.bench.ruler import BASE_HASH, PHOTO_PX, TRIGGER, WHERE_OF, Ruler, to_tensor
-from nora_diffusion.config import DreamboothConfig, load_config
+from nora_diffusion.config import DreamboothConfig, load_config, load_run
 from nora_diffusion.evaluation.image_features import NAME
 from nora_diffusion.evaluation.prompts import MINI
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
@@ -73,10 +73,7 @@ def main() -> None:
 
 def train_once(views: Views, folder: Path, seed: int, overrides: list[str]) -> Path:
     """Trains one subject with one seed unless `folder` holds the finished run."""
-    if (folder / "adapter.safetensors").exists():
-        return folder
     photos = folder.with_name(folder.name + "-photos")
-    write_views(views.train, photos)
     config: DreamboothConfig = load_config(
         "mini",
         [
@@ -85,6 +82,15 @@ def train_once(views: Views, folder: Path, seed: int, overrides: list[str]) -> P
             *overrides,
         ],
     )  # fmt: skip
+    if folder.exists():
+        kept = load_run(folder)
+        if (kept.adapter, kept.train) != (config.adapter, config.train):
+            raise SystemExit(
+                f"{folder}: was trained with other settings; remove it, or other --runs"
+            )
+        if (folder / "adapter.safetensors").exists():
+            return folder
+    write_views(views.train, photos)
     return run(config, resume=folder.exists())
 
 
