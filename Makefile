@@ -19,9 +19,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 # The main job on the built-in base: learns the sample subject and writes runs/demo/before_after.png.
+# A quarter of the steps of mini's config; what that costs is in README, "Measured".
 demo: $(VENV)/.installed
 	rm -rf runs/demo
-	OMP_NUM_THREADS=1 $(BIN)/nora-dreambooth mini --output.dir runs/demo  # more threads gain little here
+	OMP_NUM_THREADS=1 $(BIN)/nora-dreambooth mini --train.steps 200 --train.learning_rate 1e-2 \
+	  --adapter.init gradient --output.dir runs/demo  # more threads gain little here
 	@echo "Look at runs/demo/before_after.png, then try your own photos:"
 	@echo "  $(BIN)/nora-dreambooth mini --data.subject FOLDER --data.class_name dog --output.dir runs/mine"
 

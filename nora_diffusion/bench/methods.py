@@ -90,8 +90,8 @@ def nora(
 PAPER = nora(init="sigma")
 """As the paper has it: principal directions of the weight, started from its singular values."""
 
-SHIPPED = nora(init="gradient")
-"""As mini's own config has it, apart from the convolutions, which not every method can adapt."""
+FITTED = nora(init="gradient")
+"""The paper's basis with the fitted start, which costs no byte of a file."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

@@ -3,8 +3,8 @@
 1. *search*: every method at each of its rates, as many for all, on subjects that are not measured
    later; the best mean score is the method's rate.
 2. *variants*: bases, starts and timestep laws of NoRA on two subjects; the best four go on.
-3. *final*: these, NoRA as in the paper and as mini's config has it, and all baselines on eight
-   subjects with three seeds.
+3. *final*: these, NoRA as in the paper and with the fitted start on the paper's basis, and all
+   baselines on eight subjects with three seeds.
 
 The score that chooses is the share of the gap to the subject that is closed, times the share of the
 backgrounds named in the prompts that is kept: a copy of the photos wins nothing. The two subjects
@@ -20,7 +20,7 @@ from typing import Any
 
 from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
-from nora_diffusion.bench.methods import BASELINES, PAPER, SHIPPED, VARIANTS, Method, lora, nora
+from nora_diffusion.bench.methods import BASELINES, FITTED, PAPER, VARIANTS, Method, lora, nora
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
@@ -90,8 +90,8 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     study = Study(plan, ledger, save)
     study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    study.search((SHIPPED, *finalists, *plan.baselines))
-    ours = {method.name: method for method in (PAPER, SHIPPED, *finalists)}
+    study.search((FITTED, *finalists, *plan.baselines))
+    ours = {method.name: method for method in (PAPER, FITTED, *finalists)}
     study.final((*plan.baselines, *ours.values()))
     return study.results
 

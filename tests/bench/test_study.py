@@ -10,7 +10,7 @@ import pytest
 from nora_diffusion.adapter.factors import BASES
 from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger
-from nora_diffusion.bench.methods import BASELINES, PAPER, RATES, SHIPPED, VARIANTS, lora, nora
+from nora_diffusion.bench.methods import BASELINES, FITTED, PAPER, RATES, VARIANTS, lora, nora
 from nora_diffusion.bench.ranks import guideline, run_ranks
 from nora_diffusion.bench.report import write_report
 from nora_diffusion.bench.study import (
@@ -70,8 +70,8 @@ def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger)
     assert scores == sorted(scores, reverse=True)
     names = {line["method"] for line in results["summary"]}
     assert names >= {m.name for m in BASELINES} | {PAPER.name}
-    # The paper's and mini's own may be among the best four.
-    assert names >= {SHIPPED.name} and len(names) - len(BASELINES) in (4, 5, 6)
+    # The paper's and the fitted one may be among the best four.
+    assert names >= {FITTED.name} and len(names) - len(BASELINES) in (4, 5, 6)
     assert not any("random" in name for name in names)
     assert all(line["runs"] == 4 for line in results["summary"])
 

@@ -10,7 +10,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from nora_diffusion.cli import main
 from nora_diffusion.data.class_folders import choose_shots
+from nora_diffusion.evaluation.fewshot_table import Row, summary, table
+from nora_diffusion.events import read_events
 from nora_diffusion.mini.__main__ import ASSETS
+from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import load_config, shipped_configs
 from nora_diffusion.settings import ConfigError, UserError
 from nora_diffusion.train import clip_fewshot
@@ -106,6 +109,49 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_rows(config, monkeypatch):
     again = json.loads(run(settings, resume=True).read_text())["rows"]
     assert len(trained) == 1
     assert [r["accuracy"] for r in again] == [r["accuracy"] for r in whole]
+
+
+def test_a_stop_is_told_and_leads_back_to_the_rest(config, tmp_path, monkeypatch):
+    settings = config("few_shot.lora_ranks=[]")
+    real, trained = clip_fewshot.train_one, []
+
+    def stopped_second(*args, **kwargs):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(clip_fewshot, "train_one", stopped_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    told = how_to_resume(settings, str(tmp_path / "run"))
+    assert told.startswith("what is finished is kept; go on with: nora vlm --resume ")
+    assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
+
+
+def test_each_seed_has_a_start_of_its_own(config, monkeypatch):
+    """Of NoRA as of LoRA; one seed always gives the same."""
+    settings = config("few_shot.shots=[1]", "few_shot.seeds=[0, 1]", "train.steps=1")
+    starts, real = {}, clip_fewshot.get_peft_model
+
+    def kept(model, adapter):
+        made = real(model, adapter)
+        of_start = [p.detach().clone() for n, p in made.named_parameters() if p.requires_grad]
+        starts.setdefault(type(adapter).__name__, []).append(of_start)
+        return made
+
+    monkeypatch.setattr(clip_fewshot, "get_peft_model", kept)
+    run(settings)
+    for found in starts.values():
+        first, second = found
+        assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_one_seed_shows_no_spread():
+    rows = [Row("NoRA", 1, seed, value, 8, 4, 0.1) for seed, value in enumerate((0.2, 0.4))]
+    assert summary(rows)[0]["accuracy_std"] == pytest.approx(0.1 * 2**0.5)
+    assert summary(rows[:1])[0]["accuracy_std"] is None
+    assert "20.0" in table(0.1, rows[:1]) and "±" not in table(0.1, rows[:1])
 
 
 def test_test_pictures_are_never_trained_on(config, monkeypatch):

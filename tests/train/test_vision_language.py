@@ -382,6 +382,7 @@ def test_long_records_are_left_out_and_counted(file):
     lengths = sorted(encode(processor, r)["input_ids"].shape[1] for r in records)
     some = Records(processor, records, lengths[0])
     assert len(some) == 1 and some.left_out == 1
+    assert some.longest <= lengths[0] < lengths[-1]  # of those that are kept
     with pytest.raises(UserError, match=r"data.max_length = 8: every record is longer"):
         Records(processor, records, 8)
 
