@@ -22,13 +22,12 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import Operators, bytes_saved, write_result
+from _common import Operators, Stopwatch, bytes_saved, write_result
 from peft import LoraConfig, PeftConfig
 from peft.mapping import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -162,15 +161,8 @@ def fill(model: nn.Module, mode: str, device: torch.device, dtype: torch.dtype) 
 
 
 def seconds(bench: Bench, batch: int) -> float:
-    """Seconds of one forward and backward pass: by the clock on CUDA, else of the process."""
-    on_gpu = bench.device.type == "cuda"
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-    clock = time.perf_counter if on_gpu else time.process_time  # other work does not count
-    synchronize()
-    start = clock()
-    bench.loss(batch).backward()
-    synchronize()
-    elapsed = clock() - start
+    """Seconds of one forward and backward pass."""
+    elapsed = Stopwatch(bench.device)(lambda: bench.loss(batch).backward())
     for parameter in bench.trained():
         parameter.grad = None
     return elapsed

@@ -24,14 +24,13 @@ import itertools
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import write_result
+from _common import Stopwatch, write_result
 from peft import LoraConfig, PeftConfig
 from peft.mapping import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -123,23 +122,6 @@ def fill(model: nn.Module, device: torch.device) -> None:
         if tensor.is_floating_point():
             std = tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.02
             tensor.normal_(std=std, generator=generator)
-
-
-class Stopwatch:
-    """Seconds of a call: by the clock on CUDA, else of the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self.synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-        self.now = time.perf_counter if on_gpu else time.process_time
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        """Time one call."""
-        self.synchronize()
-        start = self.now()
-        call()
-        self.synchronize()
-        return self.now() - start
 
 
 def layers(model: nn.Module) -> list[Any]:

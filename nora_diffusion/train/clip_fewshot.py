@@ -6,7 +6,6 @@ test pictures before the end of a training run.
 """
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS, RESULTS
 from nora_diffusion.settings import UserError
 from nora_diffusion.train.clip_base import ClipBase, load_clip_base
-from nora_diffusion.train.common import nora_config
+from nora_diffusion.train.common import lr_factor, nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 ADAPTERS = "adapters"
@@ -208,6 +207,7 @@ def train_one(
         trained, lr=method.learning_rate, weight_decay=config.train.weight_decay
     )
     steps = min(config.train.steps, config.train.steps_per_shot * shots)
+    warmup = min(config.train.lr_warmup_steps, steps // 10)
     generator, losses, begin = torch.Generator().manual_seed(seed), [], time.perf_counter()
     model.train()
     for step in range(steps):
@@ -219,7 +219,7 @@ def train_one(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = method.learning_rate * _course(step, steps, config.train.lr_warmup_steps)
+            group["lr"] = method.learning_rate * lr_factor(step, "cosine", warmup, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
@@ -243,14 +243,6 @@ def _next_batch(n: int, batch_size: int, step: int, seed: int) -> Tensor:
         order += torch.randperm(n, generator=generator).tolist()
         passed += 1
     return torch.tensor(order[first : first + size])
-
-
-def _course(step: int, steps: int, warmup: int) -> float:
-    """Factor on the learning rate: a linear rise over at most a tenth, then a cosine to 0."""
-    warmup = min(warmup, steps // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
