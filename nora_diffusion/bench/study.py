@@ -188,7 +188,7 @@ class Study:
         return order[: self.plan.finalists]
 
     def final(self, methods: Sequence[Method]) -> None:
-        """All subjects and seeds."""
+        """All subjects and seeds; what is saved on the way is as far as all methods have come."""
         trials = [
             Trial(method, subject, self.rates[method.name], seed, self.plan.steps)
             for seed in self.plan.seeds
@@ -197,8 +197,9 @@ class Study:
         ]
 
         def so_far() -> None:
-            found = [self.ledger.find(trial) for trial in trials]
-            self.results["rows"] = [row for row in found if row is not None]
+            blocks = [trials[i : i + len(methods)] for i in range(0, len(trials), len(methods))]
+            found = [[self.ledger.find(trial) for trial in block] for block in blocks]
+            self.results["rows"] = [row for rows in found if all(rows) for row in rows if row]
             self.results["summary"] = summarise(self.results["rows"], [m.name for m in methods])
             self._save(self.results)
 

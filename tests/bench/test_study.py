@@ -61,6 +61,9 @@ def test_every_method_gets_as_many_tries_and_its_best_rate(ledger):
     for method in (*BASELINES, PAPER):
         assert results["search"][method.name]["learning_rate"] == method.rates[2]
     assert len(saved) > 20  # after every trial of the last stage, not at the end alone
+    # At every moment all methods have been measured on the same subjects and seeds.
+    runs = [{line["runs"] for line in json.loads(row)["summary"]} for row in saved]
+    assert all(len(counts) <= 1 for counts in runs) and {1} in runs and runs[-1] == {4}
 
 
 def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger):
