@@ -18,7 +18,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +38,7 @@ from transformers import TrainerCallback
 
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.adapter.files import save_adapter
-from nora_diffusion.bench.ledger import side_by_side
+from nora_diffusion.bench.parallel import side_by_side
 from nora_diffusion.data.instructions import Example, encode_messages, messages_of, read_rows
 from nora_diffusion.data.packing import Collator
 from nora_diffusion.disk import write_atomically
@@ -271,8 +270,7 @@ class Benchmark:
 
 
 def share_cores(workers: int) -> None:
-    """In a worker: its part of the cores; Ctrl-C is for the parent, which waits for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: its part of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
