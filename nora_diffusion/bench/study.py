@@ -136,23 +136,24 @@ class Study:
         ]
         self.ledger.run(trials)
         for method, rates in tried:
-            scores = {
-                rate: statistics.mean(
-                    score(self.ledger.row(trial))
+            rows = {
+                rate: [
+                    self.ledger.row(trial)
                     for trial in trials
                     if trial.method == method and trial.rate == rate
-                )
+                ]
                 for rate in rates
             }
-            lost = {trial.rate for trial in trials if "diverged" in self.ledger.row(trial)
-                    and trial.method == method}  # fmt: skip
-            best = max(scores, key=lambda rate: (rate not in lost, scores[rate]))
+            scores = {rate: statistics.mean(map(score, rows[rate])) for rate in rates}
+            lost = {rate for rate in rates if any("diverged" in row for row in rows[rate])}
+            best = max(rates, key=lambda rate: (rate not in lost, scores[rate]))
             self.rates[method.name] = best
             self.results["search"][method.name] = {
                 "learning_rate": best,
                 "tries": len(scores),
                 "scores": {f"{rate:g}": round(value, 4) for rate, value in scores.items()},
                 "at_the_edge": best in (rates[0], rates[-1]),
+                "trained_parameters": sizes(rows[best])["trained_parameters"],
             }
         self._save(self.results)
 
