@@ -26,7 +26,8 @@ def train(argv: Sequence[str]) -> int:
 
 def score(args: argparse.Namespace) -> int:
     """``nora llm-eval RUN_OR_BASE FILE ...``."""
-    from nora_diffusion.evaluation.multiple_choice import evaluate, read_questions, table
+    from nora_diffusion.evaluation.multiple_choice import evaluate, table
+    from nora_diffusion.evaluation.questions import read_questions
     from nora_diffusion.families.base import resolve_device
     from nora_diffusion.language_model import load_model, load_run_model, load_tokenizer
 

@@ -1,7 +1,6 @@
 """Accuracy of a language model on questions with options, by likelihood and by generation.
 
-Questions are instruction files as in LLM-Adapters: ``instruction input output answer``, where the
-instruction ends with ``Answer format: answer1/answer2/...`` or a key ``options`` lists them.
+Questions are those of ``evaluation.questions``.
 
 * likelihood: the option whose answer text the model finds most likely after the prompt;
 * generated: the first option that occurs in what the model writes, greedily, as LLM-Adapters
@@ -26,29 +25,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nora_diffusion.adapter.factor_cache import cache_dir
-from nora_diffusion.data.instructions import encode_text, prompt_of, read_rows, render_prompt
+from nora_diffusion.data.instructions import encode_text, render_prompt
 from nora_diffusion.disk import write_atomically
-from nora_diffusion.settings import UserError
+from nora_diffusion.evaluation.questions import Question, read_questions
 
-_FORMAT = re.compile(r"answer format:\s*(.+?)\s*$", re.IGNORECASE | re.DOTALL)
 _VERSION = 1  # of what is cached
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question.
-
-    Attributes:
-        prompt: the user's message.
-        options: the possible answers.
-        correct: index of the right one.
-        answers: the whole answer text for each option.
-    """
-
-    prompt: str
-    options: tuple[str, ...]
-    correct: int
-    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,21 +61,6 @@ class Scores:
     def generated_accuracy(self) -> float:
         """Share of the questions whose written answer is right."""
         return _share_equal(self.generated, self.correct)
-
-
-def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
-    """The first ``limit`` questions of a file.
-
-    Raises:
-        UserError: naming file and question.
-    """
-    questions: list[Question] = []
-    for number, row in enumerate(read_rows(path)[:limit], start=1):
-        try:
-            questions.append(_question(row))
-        except ValueError as error:
-            raise UserError(f"{path}, question {number}: {error}") from None
-    return questions
 
 
 @torch.no_grad()
@@ -171,32 +137,6 @@ def first_option(text: str, options: Sequence[str]) -> int:
         if match:
             found.append((match.start(), -len(option), index))
     return min(found)[2] if found else -1
-
-
-def _question(row: dict[str, Any]) -> Question:
-    for key in ("instruction", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"{key}: missing or empty")
-    options = row.get("options")
-    if options is None:
-        told = _FORMAT.search(row["instruction"])
-        options = [part.strip() for part in told[1].split("/")] if told else []
-    if not isinstance(options, list) or len(options) < 2 or not all(map(_is_text, options)):
-        raise ValueError(
-            'it names no options: end the instruction with "Answer format: a/b/c", or add the key '
-            '"options", a list of two or more texts'
-        )
-    answer = row["answer"].strip()
-    if answer not in options:
-        raise ValueError(f'answer "{answer}": is none of the options {", ".join(options)}')
-    output = str(row.get("output") or answer).strip()
-    before, found, after = output.rpartition(answer)
-    answers = tuple(before + option + after if found else option for option in options)
-    return Question(prompt_of(row), tuple(options), options.index(answer), answers)
-
-
-def _is_text(option: Any) -> bool:
-    return isinstance(option, str) and bool(option.strip())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from nora_diffusion.adapter.targets import ATTENTION, attention_projections
 from nora_diffusion.data.instructions import Encoded, Example, encode_files
 from nora_diffusion.data.packing import Collator, pack
 from nora_diffusion.disk import write_atomically
-from nora_diffusion.evaluation.multiple_choice import Scores, evaluate, read_questions, table
+from nora_diffusion.evaluation.multiple_choice import Scores, evaluate, table
+from nora_diffusion.evaluation.questions import read_questions
 from nora_diffusion.families.base import resolve_device
 from nora_diffusion.language_config import Adapter, LanguageConfig, Train
 from nora_diffusion.language_model import (

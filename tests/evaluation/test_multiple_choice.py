@@ -9,9 +9,9 @@ from nora_diffusion.data.instructions import encode_text, render_prompt
 from nora_diffusion.evaluation.multiple_choice import (
     evaluate,
     first_option,
-    read_questions,
     table,
 )
+from nora_diffusion.evaluation.questions import read_questions
 from nora_diffusion.settings import UserError
 from tests.tiny_language import KINDS, tiny_model, tiny_tokenizer, write_questions
 
