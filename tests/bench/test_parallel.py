@@ -64,19 +64,22 @@ def test_one_failure_loses_nothing_else():
 
 
 COMMAND = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
 from nora_diffusion.bench.parallel import side_by_side
 
+def tell(line):
+    os.write(1, f"{line}\\n".encode())  # whole: print() is torn under PYTHONUNBUFFERED
+
 def call(number):
-    print("started", number, flush=True)
+    tell(f"started {number}")
     time.sleep(1.5)
     return number
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with pool:
-        side_by_side(pool, 2, call, range(9), lambda _, n: print("finished", n, flush=True))
+        side_by_side(pool, 2, call, range(9), lambda _, n: tell(f"finished {n}"))
 """
 
 
