@@ -20,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="with report: change nothing, fail where they disagree"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of a training (default {STEPS})")
+    parser.add_argument(
+        "--device", default="auto", help="where to train and draw: auto, cpu or cuda"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side"
     )
@@ -52,20 +56,20 @@ def _report(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_study
 
-    return _compare(args, run_study, Plan(STEPS))
+    return _compare(args, run_study, Plan(args.steps))
 
 
 def _ablation(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_ablation
 
-    return _compare(args, run_ablation, Plan(STEPS))
+    return _compare(args, run_ablation, Plan(args.steps))
 
 
 def _ranks(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.ranks import SUBJECTS, run_ranks
     from nora_diffusion.bench.study import Plan
 
-    return _compare(args, run_ranks, Plan(STEPS, subjects=SUBJECTS, seeds=(0,)))
+    return _compare(args, run_ranks, Plan(args.steps, subjects=SUBJECTS, seeds=(0,)))
 
 
 def _multi(args: argparse.Namespace) -> int:
@@ -75,12 +79,12 @@ def _multi(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.ruler import Ruler
 
     ledger, name = _ledger(args), "multi-quick" if args.quick else "multi"
-    plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(STEPS)
+    plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(args.steps)
     path, save = args.out / f"{name}.json", _saver(args, name)
     about = {**ledger.about, "steps_a_subject": plan.steps}
     there = json.loads(path.read_bytes())["results"] if path.is_file() else {}
     rows = there["rows"] if there.get("about") == about else []
-    ruler = Ruler(ledger.work, ledger.sampling_steps)
+    ruler = Ruler(ledger.work, ledger.sampling_steps, ledger.device)
     run_multi(plan, ruler, ledger.work / "multi", rows, lambda r: save({"about": about, "rows": r}))
     print(f"all numbers: {path}")
     return 0
@@ -116,6 +120,7 @@ def _ledger(args: argparse.Namespace) -> Any:
     from nora_diffusion.bench.ledger import Ledger
     from nora_diffusion.bench.ruler import BASE_HASH
     from nora_diffusion.evaluation.image_features import NAME
+    from nora_diffusion.families.base import resolve_device
     from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 
     sampling_steps = 2 if args.quick else SAMPLING_STEPS
@@ -128,7 +133,8 @@ def _ledger(args: argparse.Namespace) -> Any:
         "targets": "attention and feed-forward of the UNet, attention of the text encoder",
     }
     work = default_work_folder() / PRESETS["cpu"].name
-    return Ledger(args.out / TRIALS, work, about, sampling_steps, args.workers)
+    device = resolve_device(args.device)
+    return Ledger(args.out / TRIALS, work, about, sampling_steps, args.workers, device)
 
 
 def _saver(args: argparse.Namespace, name: str) -> Callable[[dict[str, Any]], None]:

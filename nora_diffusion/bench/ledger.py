@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from nora_diffusion.bench.parallel import side_by_side
@@ -27,13 +29,21 @@ class Ledger:
         about: base and protocol; rows of another are not taken.
         sampling_steps: denoising steps of every picture.
         workers: processes that train side by side, one thread each.
+        device: where they train and draw.
     """
 
     def __init__(
-        self, file: Path, work: Path, about: Row, sampling_steps: int, workers: int
+        self,
+        file: Path,
+        work: Path,
+        about: Row,
+        sampling_steps: int,
+        workers: int,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.file, self.work, self.about = file, work, about
         self.sampling_steps, self.workers = sampling_steps, workers
+        self.device = torch.device(device)
         self._rows: dict[str, Row] = {}
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         for line in lines:
@@ -62,13 +72,22 @@ class Ledger:
             raise KeyError(f"not measured: {trial.key}")
         return row
 
+    def step_cpu_s(self, method: str) -> float | None:
+        """CPU seconds a step, the mean over what has been trained on a CPU; None without any."""
+        own = (row for row in self._rows.values() if row["method"] == method)
+        found = [row["step_cpu_s"] for row in own if "step_cpu_s" in row]
+        return round(statistics.mean(found), 4) if found else None
+
     def _measure(self, trials: Sequence[Trial], on_row: Callable[[], None]) -> None:
         # Fresh processes: torch takes its number of threads from the environment at the start.
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
         workers = min(self.workers, len(trials))
         pool = ProcessPoolExecutor(
-            workers, context, initializer=_start_worker, initargs=(self.work, self.sampling_steps)
+            workers,
+            context,
+            initializer=_start_worker,
+            initargs=(self.work, self.sampling_steps, self.device),
         )
         with pool, tqdm(total=len(trials), unit="trial") as bar:
 
@@ -98,14 +117,13 @@ def _name(row: Row) -> str:
 _ruler: Any = None
 
 
-def _start_worker(work: Path, sampling_steps: int) -> None:
-    import torch
-
+def _start_worker(work: Path, sampling_steps: int, device: torch.device) -> None:
     from nora_diffusion.bench.ruler import Ruler
 
     global _ruler
     torch.set_num_threads(1)
-    _ruler = Ruler(work, sampling_steps)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what the protocol says
+    _ruler = Ruler(work, sampling_steps, device)
 
 
 def _work(trial: Trial) -> Row:

@@ -64,11 +64,12 @@ def run_multi(
                 if all((how, name, subject, seed) in done for subject in pair):
                     continue
                 views = [subject_views(subject, ruler.work, PHOTO_PX) for subject in pair]
-                files = _files(plan, how, views, seed, adapters_folder)
+                files = _files(plan, how, views, seed, adapters_folder, ruler.device)
                 for index, (one, trigger) in enumerate(zip(views, TRIGGERS, strict=True)):
                     if (how, name, one.name, seed) in done:
                         continue
-                    adapted = _adapted(files if how != "separate" else files[index : index + 1])
+                    used = files if how != "separate" else files[index : index + 1]
+                    adapted = _adapted(used, ruler.device)
                     found = ruler.measure(adapted, one, seed, trigger)
                     of_row = {"how": how, "pair": name, "subject": one.name, "seed": seed}
                     rows.append({**of_row, **{k: round(v, 5) for k, v in found.items()}})
@@ -77,19 +78,29 @@ def run_multi(
 
 
 def _files(
-    plan: MultiPlan, how: str, views: Sequence[Views], seed: int, folder: Path
+    plan: MultiPlan,
+    how: str,
+    views: Sequence[Views],
+    seed: int,
+    folder: Path,
+    device: torch.device,
 ) -> list[Path]:
     """The adapters of a pair: one of both subjects, or one each."""
     if how == "together":
-        return [_trained(plan, views, TRIGGERS, seed, folder)]
+        return [_trained(plan, views, TRIGGERS, seed, folder, device)]
     return [
-        _trained(plan, [one], [trigger], seed, folder)
+        _trained(plan, [one], [trigger], seed, folder, device)
         for one, trigger in zip(views, TRIGGERS, strict=True)
     ]
 
 
 def _trained(
-    plan: MultiPlan, views: Sequence[Views], triggers: Sequence[str], seed: int, folder: Path
+    plan: MultiPlan,
+    views: Sequence[Views],
+    triggers: Sequence[str],
+    seed: int,
+    folder: Path,
+    device: torch.device,
 ) -> Path:
     name = "+".join(one.name.replace(" ", "-") for one in views)
     path = folder / f"{name}-{plan.steps}-{seed}.safetensors"
@@ -110,7 +121,7 @@ def _trained(
             f"data.subjects=[{', '.join(tables)}]",
         ]
         cfg = method_config(method, RATE, steps, seed, Path(temporary), given)
-        session = open_session(cfg, method, Path(temporary))
+        session = open_session(cfg, method, Path(temporary), device)
         train(session)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"base": "mini", "steps": steps}
@@ -118,9 +129,9 @@ def _trained(
         return save_adapter(pipeline, path, adapters.NAME, metadata=about)
 
 
-def _adapted(files: Sequence[Path]) -> Family:
+def _adapted(files: Sequence[Path], device: torch.device) -> Family:
     """The base with these adapters, each at its full weight."""
-    family = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
+    family = load_family("mini", dtype=torch.float32, device=device)
     for index, file in enumerate(files):
         load_adapter(family.components.pipeline, file, f"subject_{index}")
     return family

@@ -39,7 +39,7 @@ def plot_methods(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     # One colour and number a method, named once below: labels at the points would overlap.
     for axes, (key, label, scale) in zip(figure.subplots(2, 2).flat, AXES, strict=True):
         for number, line in enumerate(summary, start=1):
-            if "gap_closed" not in line:  # every run diverged
+            if "gap_closed" not in line or line.get(key) is None:  # every run diverged; no time
                 continue
             low, high = line["intervals"]["gap_closed"]
             gap = line["gap_closed"]

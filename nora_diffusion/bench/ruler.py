@@ -75,11 +75,12 @@ class Ruler:
     Args:
         work: work folder of mini's recipe: emoji packages, and what is kept here.
         steps: denoising steps of every picture.
+        device: where pictures are drawn; they are scored on the CPU.
     """
 
-    def __init__(self, work: Path, steps: int = 25):
-        self.work, self.steps = work, steps
-        self.base = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
+    def __init__(self, work: Path, steps: int = 25, device: str | torch.device = "cpu"):
+        self.work, self.steps, self.device = work, steps, torch.device(device)
+        self.base = load_family("mini", dtype=torch.float32, device=self.device)
         self.gallery, self.probe = Gallery.shipped(), BackgroundProbe.shipped()
         self._references: dict[str, Reference] = {}
 

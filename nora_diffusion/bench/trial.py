@@ -62,7 +62,7 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
     views = subject_views(trial.subject, ruler.work, PHOTO_PX)
     with tempfile.TemporaryDirectory() as folder:
         cfg = trial_config(trial, views, Path(folder))
-        session = open_session(cfg, trial.method, Path(folder))
+        session = open_session(cfg, trial.method, Path(folder), ruler.device)
         start = time.process_time()
         try:
             train(session)
@@ -70,13 +70,17 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
             return {**trial.key, "diverged": str(stop)}
         seconds = time.process_time() - start
         size = file_bytes(session, trial.method)
+    # Trainings that share a GPU disturb one another: times there say nothing.
+    cost = {"step_cpu_s": round(seconds / trial.steps, 4)}
+    if ruler.device.type != "cpu":
+        cost = {"device": ruler.device.type}
     for model in session.models.values():
         model.eval()
     return {
         **trial.key,
         "trained_parameters": sum(p.numel() for p in session.parameters.values()),
         "file_bytes": size,
-        "step_cpu_s": round(seconds / trial.steps, 4),
+        **cost,
         **{
             name: round(number, 5)
             for name, number in ruler.measure(session.family, views, trial.seed).items()
@@ -84,13 +88,15 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
     }
 
 
-def open_session(cfg: DreamboothConfig, method: Method, folder: Path) -> Session:
+def open_session(
+    cfg: DreamboothConfig, method: Method, folder: Path, device: torch.device
+) -> Session:
     """Base, encoded views, adapter and optimiser, before the first step."""
     steps = cfg.train.total_steps
     report = Report(folder, total_steps=steps, log_every=steps, silent=True)
-    family = load_family("mini", dtype=torch.float32, device=torch.device("cpu"))
+    family = load_family("mini", dtype=torch.float32, device=device)
     base_hash = common.weights_digest(family.components.denoiser)
-    inputs = encode_inputs(cfg, family, report)
+    inputs = encode_inputs(cfg, family, report).to(device)
     models = adapters.adapted_models(cfg, family)
     add_method(cfg, method, family, inputs, models)
     parameters = {
