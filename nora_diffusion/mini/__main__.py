@@ -1,9 +1,10 @@
-"""Train, export and score mini: ``python -m nora_diffusion.mini [train|export|score|all|clip]``.
+r"""Train, export and score mini: ``python -m nora_diffusion.mini [train|export|score|all|clip]``.
 
 Every stage continues from its last checkpoint in the work folder, on the CPU or on CUDA::
 
-    python -m nora_diffusion.mini all                    # 64 px, common emoji, ~3 h on 2 cores
-    python -m nora_diffusion.mini all --preset gpu        # 128 px, full set
+    python -m nora_diffusion.mini all                    # 64 px, ~3 h on 2 cores
+    python -m nora_diffusion.mini train export --preset gpu --minutes 7.5 \
+        --start nora_diffusion/assets/mini --out FOLDER  # 128 px, goes on from the shipped weights
     python -m nora_diffusion.mini score --photos FOLDER   # of the shipped weights
     python -m nora_diffusion.mini clip                   # mini-CLIP, on top of the shipped mini
 """
@@ -11,35 +12,17 @@ Every stage continues from its last checkpoint in the work folder, on the CPU or
 import argparse
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nora_diffusion.mini.recipe import PRESETS, Recipe
+
+if TYPE_CHECKING:
+    from nora_diffusion.mini.start import Start
 
 ASSETS = Path(__file__).parents[1] / "assets" / "mini"
 CLIP_ASSETS = ASSETS.with_name("mini_clip")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one version of mini is trained on, and for how long."""
-
-    name: str
-    size_px: int
-    concept_set: str
-    autoencoder_samples: int
-    decoder_samples: int
-    denoiser_samples: int
-    batch_size: int
-    clip_samples: int
-    clip_concept_set: str
-    clip_batch_size: int
-
-
-PRESETS = {
-    "cpu": Recipe("mini-64-v3", 64, "few", 120_000, 48_000, 480_000, 32, 100_000, "full", 96),
-    "gpu": Recipe(
-        "mini-128-v1", 128, "full", 1_500_000, 500_000, 6_000_000, 512, 3_000_000, "full", 1024
-    ),
-}
 
 
 def default_work_folder() -> Path:
@@ -54,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=("train", "export", "score", "all", "clip"))
+    parser.add_argument("stages", nargs="+", choices=("train", "export", "score", "all", "clip"))
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu")
     parser.add_argument(
         "--work",
@@ -63,6 +46,18 @@ def main(argv: list[str] | None = None) -> None:
         help="work folder for packages and checkpoints",
     )
     parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="FOLDER",
+        help="an exported mini to go on from: its weights, tokenizer and autoencoder",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="end the denoiser's training, learning rate and all, after this time at the latest",
+    )
+    parser.add_argument("--batch-size", type=int, help="of the denoiser, instead of the preset's")
+    parser.add_argument(
         "--out", type=Path, help="where export writes; default: the package's assets"
     )
     parser.add_argument("--photos", type=Path, help="real photos for the autoencoder's PSNR")
@@ -70,29 +65,51 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="train the UNet compiled")
     args = parser.parse_args(argv)
 
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes:g}: must be above 0")
+    if args.batch_size is not None and args.batch_size <= 0:
+        parser.error(f"--batch-size {args.batch_size}: must be above 0")
+
     import torch
 
     recipe = PRESETS[args.preset]
+    if args.batch_size is not None:
+        recipe = replace(recipe, batch_size=args.batch_size)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stages = {"train", "export", "score"} if "all" in args.stages else set(args.stages)
     work = args.work / recipe.name
     work.mkdir(parents=True, exist_ok=True)
-    if args.stage == "clip":
-        _clip(recipe, work, args.out or CLIP_ASSETS, device)
-        return
     out = args.out or ASSETS
-    if args.stage in ("train", "export", "all"):
-        _train_and_export(recipe, work, out, device, args.stage, args.compile)
-    if args.stage in ("score", "all"):
+    if stages & {"train", "export"}:
+        from nora_diffusion.mini.start import adopt
+
+        try:
+            start = adopt(args.start, work)
+        except ValueError as error:
+            parser.error(str(error))
+        if start is None and not recipe.autoencoder_samples:
+            parser.error(f"--preset {args.preset} goes on from a mini: name it with --start")
+        _train_and_export(recipe, work, out, device, stages, start, args.minutes, args.compile)
+    if "score" in stages:
         from nora_diffusion.mini.score import score
 
         result = score(out, work, work / "score", recipe.concept_set, photos=args.photos)
         print(json.dumps(result, indent=2))
+    if "clip" in stages:
+        _clip(recipe, work, args.out or CLIP_ASSETS, device)
 
 
 def _train_and_export(
-    recipe: Recipe, work: Path, out: Path, device: str, stage: str, compiled: bool
+    recipe: Recipe,
+    work: Path,
+    out: Path,
+    device: str,
+    stages: set[str],
+    start: "Start | None",
+    minutes: float | None,
+    compiled: bool,
 ) -> None:
-    """Trains what is missing; "export" takes the denoiser as far as it is."""
+    """Trains what is missing; without "train" takes the denoiser as far as it is."""
     from nora_diffusion.mini.autoencoder import train_autoencoder
     from nora_diffusion.mini.compose import Compositor, to_signed
     from nora_diffusion.mini.decoder import train_decoder
@@ -100,28 +117,29 @@ def _train_and_export(
     from nora_diffusion.mini.export import build_pipeline, export, set_latent_scale
     from nora_diffusion.mini.sources import concepts
 
-    autoencoder = train_autoencoder(work, recipe.size_px, recipe.autoencoder_samples, device)
-    autoencoder = train_decoder(work, autoencoder, recipe.size_px, recipe.decoder_samples, device)
+    size_px = recipe.size_px
+    if start is None:
+        autoencoder = train_autoencoder(work, size_px, recipe.autoencoder_samples, device)
+        autoencoder = train_decoder(work, autoencoder, size_px, recipe.decoder_samples, device)
+    else:
+        # Its denoiser reads the latents of no other.
+        autoencoder = start.autoencoder()
     seen = concepts(work, recipe.concept_set)
-    images, _, _ = Compositor(seen, recipe.size_px, backgrounds=300, seed=3).sample(512, seed=3)
+    images, _, _ = Compositor(seen, size_px, backgrounds=300, seed=3).sample(512, seed=3)
     autoencoder.to(device)  # pyright: ignore[reportArgumentType]
     set_latent_scale(autoencoder, to_signed(images).to(device))
-    model, tokenizer, steps = train_denoiser(
-        work,
-        autoencoder,
-        recipe.size_px,
-        recipe.denoiser_samples,
-        device,
-        recipe.concept_set,
-        recipe.batch_size,
-        further=stage != "export",
-        compiled=compiled,
-    )
-    if stage != "train":
-        pipeline = build_pipeline(autoencoder, model, tokenizer)
-        about = asdict(recipe) | {"denoiser_samples": steps * recipe.batch_size}
+    further = "train" in stages
+    done = train_denoiser(work, autoencoder, recipe, device, start, minutes, further, compiled)
+    if "export" in stages:
+        pipeline = build_pipeline(autoencoder, done.model, done.tokenizer)
+        about = asdict(recipe) | {
+            "denoiser_samples": done.samples,
+            "denoiser_minutes": round(done.seconds / 60, 1),
+        }
+        if start is not None:
+            about |= {"autoencoder_samples": 0, "decoder_samples": 0, "start": start.about}
         digest = export(pipeline, out, recipe.name, about, work / "manifests")
-        print(f"wrote {recipe.name} ({digest[:16]}) after {steps} denoiser steps to {out}")
+        print(f"wrote {recipe.name} ({digest[:16]}) after {done.steps} denoiser steps to {out}")
 
 
 def _clip(recipe: Recipe, work: Path, out: Path, device: str) -> None:

@@ -24,6 +24,7 @@ _OPENINGS = (
     "a close view of {}",
 )
 _SMALL, _BIG = 0.55, 0.8  # shares of the canvas below and above which a caption may say the size
+_PASS = 4096 * 64 * 64  # pixels rendered at once: at 128 px a chunk of 4096 would take 6 GB
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiouy"
 
 
@@ -133,6 +134,13 @@ class Compositor:
         self, which: list[int], behind: list[int], placements: list[Placement]
     ) -> torch.Tensor:
         """Composites concepts `which` over backgrounds `behind`: uint8 (n, 3, size, size)."""
+        n = max(1, _PASS // self.size_px**2)
+        passes = [slice(i, i + n) for i in range(0, len(which), n)]
+        return torch.cat([self._render(which[p], behind[p], placements[p]) for p in passes])
+
+    def _render(
+        self, which: list[int], behind: list[int], placements: list[Placement]
+    ) -> torch.Tensor:
         n, size = len(which), self.size_px
         index = torch.tensor(which, device=self.device)
         theta = torch.tensor([p.matrix() for p in placements], device=self.device)

@@ -149,9 +149,14 @@ def held_out(work: Path) -> list[Concept]:
 
 
 def write_manifest(seen: list[Concept], path: Path) -> None:
-    """Writes the names of every emoji a training stage drew from, one a line."""
+    """Writes the names of every emoji a training stage drew from, one a line.
+
+    Names that are there already stay: the weights may go on from a run that saw others.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{c.name}\n" for c in seen), encoding="utf-8")
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = dict.fromkeys([*before, *(c.name for c in seen)])
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def rgba(path: Path, size_px: int, frame: int = 0) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Atomic training state for the recipe: tensors in safetensors, the rest as JSON in its header."""
 
 import json
+import math
 import os
 from pathlib import Path
+from time import monotonic
 from typing import Generic, TypeVar
 
 import torch
@@ -31,6 +33,30 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         return tensors, json.loads(file.metadata()["progress"])
 
 
+class Clock:
+    """The wall time of a run, against a limit or none.
+
+    Args:
+        minutes: the limit of the whole run; None is no limit.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        self.limit_s = math.inf if minutes is None else 60 * minutes
+        self._begin = monotonic()
+
+    def add(self, seconds: float) -> None:
+        """Counts what the run took before it was stopped and continued."""
+        self._begin -= seconds
+
+    def seconds(self) -> float:
+        """Of the run so far."""
+        return monotonic() - self._begin
+
+    def share(self) -> float:
+        """Of the limit that is used up: 0 without one, 1 or more when the run must end."""
+        return self.seconds() / self.limit_s
+
+
 class Trained(Generic[Module]):
     """A module under training: its AdamW state and an average of its weights, saved together.
 
@@ -50,15 +76,24 @@ class Trained(Generic[Module]):
     ):
         self.module, self.ema_decay, self.step = module, ema_decay, 0
         self.names = [name for name, _ in module.named_parameters()]
-        self.parameters = list(module.parameters())
+        self.parameters: list[torch.Tensor] = list(module.parameters())
+        self.fused = all(p.is_cuda for p in self.parameters)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
+            self.parameters,
+            lr=learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=weight_decay,
+            fused=self.fused or None,
         )
         self.average = [p.detach().clone() for p in self.parameters]
         self.learning_rate = learning_rate
 
-    def update(self, learning_rate: float, max_grad_norm: float = 1.0) -> float:
-        """Takes one optimiser step and returns the gradient's norm before clipping."""
+    @torch.no_grad()
+    def update(self, learning_rate: float, max_grad_norm: float = 1.0) -> torch.Tensor:
+        """Takes one optimiser step and returns the gradient's norm before clipping.
+
+        The norm is a scalar on the module's device: reading it makes a GPU wait.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -66,9 +101,8 @@ class Trained(Generic[Module]):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            average.lerp_(parameter.detach(), 1 - decay)
-        return float(norm)
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        return norm
 
     def use_average(self) -> Module:
         """Copies the averaged weights into the module and returns it; for export and scoring."""
@@ -92,18 +126,25 @@ class Trained(Generic[Module]):
             parameter.data.copy_(tensors[f"weight.{name}"])
             self.average[i].copy_(tensors[f"average.{name}"])
             if f"step.{name}" in tensors:
+                step_tensor = tensors[f"step.{name}"]
                 self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"],
+                    # The fused update counts where the parameter is, the others on the CPU.
+                    "step": step_tensor.to(parameter.device) if self.fused else step_tensor,
                     # In the parameter's own memory format: the fused update needs them alike.
                     "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
                     "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
                 }
 
 
-def learning_rate_at(step: int, total: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine to a fiftieth of the peak at `total` steps."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, total - warmup))
+def learning_rate_at(
+    step: int, total: int, peak: float, warmup: int = 200, elapsed: float = 0.0
+) -> float:
+    """Linear warm-up, then a cosine to a fiftieth of the peak.
+
+    The cosine ends at `total` steps, or where `elapsed`, the used share of a time limit, is 1: it
+    follows the one that is further.
+    """
+    share = min(1.0, max(elapsed, (step - warmup) / max(1, total - warmup)))
     low = peak / 50
-    return low + (peak - low) * 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
+    rate = low + (peak - low) * 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
+    return min(peak * (step + 1) / warmup, rate) if step < warmup else rate
