@@ -34,7 +34,6 @@ def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) ->
         model, onload_device=device, offload_device=torch.device("cpu"),
         offload_type="leaf_level", use_stream=prefetch,
     )  # fmt: skip
-    forward = model.forward
 
     def keep(tensor: Tensor) -> Any:
         """A frozen weight, or a view of one, is kept as the parameter and where to look in it."""
@@ -49,10 +48,15 @@ def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) ->
         parameter, *place = kept
         return parameter.data.to(device, non_blocking=True).as_strided(*place)
 
-    @functools.wraps(forward)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(keep, bring):
-            return forward(*args, **kwargs)
+    entered: list[saved_tensors_hooks] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(saved_tensors_hooks(keep, bring))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        if entered:  # an earlier hook may have failed before this one's turn
+            entered.pop().__exit__(None, None, None)
 
     def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -68,7 +72,10 @@ def offload_layers(model: nn.Module, device: torch.device, *, prefetch: bool) ->
 
         return checkpoint(run, torch.empty(0, requires_grad=True), *args, use_reentrant=True)
 
-    model.forward = watched
+    # Not around model.forward, which diffusers sets back when it removes a hook of its own: with
+    # prefetching after the first pass.
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
     if hasattr(model, "enable_gradient_checkpointing"):
         enable: Any = model.enable_gradient_checkpointing
         replaced: Any = functools.partial(enable, checkpointed)

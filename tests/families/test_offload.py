@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.families.offload import offload_layers
@@ -40,13 +41,21 @@ def test_hooks_change_no_bit_and_every_adapter_gets_its_gradient(checkpointing):
         assert torch.allclose(left, right, rtol=1e-5, atol=1e-9) and bool(left.abs().max() > 0)
 
 
-def test_the_backward_pass_looks_weights_up_where_they_are_then():
-    """Kept copies would hold all of the model on the device."""
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_backward_pass_looks_weights_up_where_they_are_then(removed):
+    """Kept copies would hold all of the model on the device.
+
+    That diffusers removes a hook changes nothing: with prefetching it does after the first pass.
+    """
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
     ).requires_grad_(False)
     torch.nn.init.normal_(model[1].weight)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(ModelHook(), "of one pass")
     offload_layers(model, CPU, prefetch=False)
+    if removed:
+        registry.remove_hook("of one pass", recurse=False)
     inputs = torch.randn(3, 4, requires_grad=True)
     loss = model(inputs).sum()
     (expected,) = torch.autograd.grad(loss, inputs, retain_graph=True)
