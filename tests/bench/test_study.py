@@ -191,18 +191,34 @@ def test_the_guideline_finds_a_planted_law():
     assert below["score"] >= -0.62  # the best is -0.59: nothing is good, one is least bad
 
 
+def recorded(name):
+    return json.loads((RESULTS / f"{name}.json").read_bytes())["results"]
+
+
 def test_with_each_basis_the_fitted_start_scored_above_the_seeded_one():
     """What docs/comparison.md says of the recorded variants."""
-    recorded = json.loads((RESULTS / "methods.json").read_bytes())["results"]
-    scores = {line["method"]: line["score"] for line in recorded["variants"]}
+    scores = {line["method"]: line["score"] for line in recorded("methods")["variants"]}
     for basis in BASES:
         seeded, fitted = (nora(basis=basis, init=init).name for init in ("orthogonal", "gradient"))
         assert scores[fitted] > scores[seeded]
 
 
+def test_the_fitted_start_on_a_random_basis_is_level_with_lora():
+    """What docs/comparison.md says of the final stage."""
+    lines = {line["method"]: line for line in recorded("methods")["summary"]}
+    ours, paper = lines[nora(basis="random", init="gradient").name], lines[PAPER.name]
+    assert ours["score"] > lines["LoRA r 1"]["score"] > paper["score"]
+    for other in ("LoRA r 2", "LoRA r 16"):
+        found = ours["against"][other]["score"]
+        assert found["low"] < 0 < found["high"]
+    kept = ("background_adapted", "text_adapted")
+    assert all(abs(ours[key] / lines["LoRA r 16"][key] - 1) < 0.05 for key in kept)
+    assert max(lines, key=lambda name: lines[name]["score"]) == "LoRA r 64"
+
+
 def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
     """What docs/comparison.md says of the recorded search, and that more parameters scored more."""
-    search = json.loads((RESULTS / "methods.json").read_bytes())["results"]["search"]
+    search = recorded("methods")["search"]
     best = {name: max(found["scores"].values()) for name, found in search.items()}
     small = {name: best[name] for name in best if search[name]["trained_parameters"] < 61_000}
     assert len(small) == 11 and max(small, key=lambda name: small[name]) == FITTED.name
@@ -214,7 +230,7 @@ def test_recorded_results_gave_every_method_the_same_number_of_tries(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         pytest.skip(f"{path.name} has not been recorded")
-    search = json.loads(path.read_bytes())["results"]["search"]
+    search = recorded(name)["search"]
     assert len({found["tries"] for found in search.values()}) == 1
 
 
