@@ -1,10 +1,11 @@
-"""Does `nora-dreambooth mini` learn a subject? Eight held-out emoji, three seeds, mini's prompts.
+"""Is a subject learnt on mini? Eight held-out emoji, three seeds, mini's prompts.
 
-    python benchmarks/subject.py [--subjects N | --names NAME ...] [--seeds N]
+    python benchmarks/subject.py [--base mini-128] [--subjects N | --names NAME ...] [--seeds N]
         [--set train.steps=300 ...] [--name RESULT]
 
 Each run trains on five views and is measured on pictures of `sample_data/prompts.txt` by
-EffNet-Lite2 features against twelve *held-out* views:
+EffNet-Lite2 features against twelve *held-out* views (those of mini-128 made 64 px small, so that
+both bases are measured by one ruler):
 
 * gap closed: (adapted - base) / (ceiling - base), all mean cosines to the held-out views; the
   ceiling is what real composites of the subject on the prompts' backgrounds reach;
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from _common import write_result
 
-from nora_diffusion.bench.ruler import BASE_HASH, PHOTO_PX, TRIGGER, WHERE_OF, Ruler, to_tensor
+from nora_diffusion.bench.ruler import PHOTO_PX, TRIGGER, WHERE_OF, Ruler, to_tensor
 from nora_diffusion.config import DreamboothConfig, load_config, load_run
 from nora_diffusion.evaluation.image_features import NAME
 from nora_diffusion.evaluation.prompts import MINI
@@ -38,6 +39,9 @@ from nora_diffusion.train.dreambooth import run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="mini", choices=("mini", "mini-128"))
+    parser.add_argument("--sampling-steps", type=int, default=25, help="of every picture")
+    parser.add_argument("--no-drift", action="store_true", help="draw nothing without the trigger")
     parser.add_argument("--subjects", type=int, default=len(SUBJECTS))
     parser.add_argument("--names", nargs="*", help="other held-out emoji, to choose settings on")
     parser.add_argument("--seeds", type=int, default=3)
@@ -47,7 +51,7 @@ def main() -> None:
     parser.add_argument("--name", default="subject", help="of the result file")
     args = parser.parse_args()
     overrides = [part for pair in args.set for part in ("--" + pair).split("=", 1)]
-    ruler = Ruler(args.work)
+    ruler = Ruler(args.work, args.sampling_steps, base=args.base)
     with tempfile.TemporaryDirectory() as temporary:
         runs = args.runs or Path(temporary)
         rows = []
@@ -55,13 +59,14 @@ def main() -> None:
             views = subject_views(name, args.work, PHOTO_PX)
             for seed in range(args.seeds):
                 folder = runs / f"{name.replace(' ', '-')}-{seed}"
-                run_folder = train_once(views, folder, seed, overrides)
-                rows.append(measure(ruler, views, run_folder, seed))
+                run_folder = train_once(args.base, views, folder, seed, overrides)
+                rows.append(measure(ruler, views, run_folder, seed, not args.no_drift))
                 print(json.dumps(rows[-1]), flush=True)
                 summary = summarise(rows)
                 result = {
                     "backend": NAME,
-                    "base": BASE_HASH,
+                    "base": f"{args.base} {ruler.base_hash}",
+                    "sampling_steps": args.sampling_steps,
                     "prompts": len(MINI),
                     "overrides": args.set,
                     "summary": summary,
@@ -71,11 +76,11 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def train_once(views: Views, folder: Path, seed: int, overrides: list[str]) -> Path:
-    """Trains one subject with one seed unless `folder` holds the finished run."""
+def train_once(base: str, views: Views, folder: Path, seed: int, overrides: list[str]) -> Path:
+    """Trains one subject with one seed, by the base's config, unless `folder` holds the run."""
     photos = folder.with_name(folder.name + "-photos")
     config: DreamboothConfig = load_config(
-        "mini",
+        base,
         [
             "--data.subject", str(photos), "--data.class_name", views.class_name,
             "--data.trigger", TRIGGER, "--train.seed", str(seed), "--output.dir", str(folder),
@@ -94,14 +99,18 @@ def train_once(views: Views, folder: Path, seed: int, overrides: list[str]) -> P
     return run(config, resume=folder.exists())
 
 
-def measure(ruler: Ruler, views: Views, folder: Path, seed: int) -> dict:
+def measure(ruler: Ruler, views: Views, folder: Path, seed: int, drift: bool) -> dict:
     """Scores one finished run, and leaves a sheet of its pictures in its folder."""
     adapted = load_adapted(folder, device="cpu", dtype="fp32")
-    drawn = ruler.draw(adapted, views, seed)
+    drawn = ruler.draw(adapted, views, seed, drift)
     rows = (drawn.base, drawn.adapted, drawn.without_trigger)
     contact_sheet(
         torch.cat([to_tensor(row) for row in rows if row is not None]),
-        [f"{who} {p}" for who in ("base:", "adapted:", "no trigger:") for p in WHERE_OF],
+        [
+            f"{who} {p}"
+            for who in ("base:", "adapted:", "no trigger:")[: 2 + drift]
+            for p in WHERE_OF
+        ],
         folder / "sheet.png",
         columns=len(WHERE_OF),
     )

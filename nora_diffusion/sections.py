@@ -30,8 +30,8 @@ class Model(Section):
 
     base: str = setting(
         "mini",
-        'Base model: "mini" (built in), a Hugging Face id, a diffusers folder, or one '
-        ".safetensors file.",
+        'Base model: "mini" or "mini-128" (built in), a Hugging Face id, a diffusers folder, or '
+        "one .safetensors file.",
         min_length=1,
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(

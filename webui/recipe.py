@@ -35,6 +35,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 LABELS = {
     "mini": "mini: built in, 64 px, runs on any CPU",
+    "mini-128": "mini-128: built in, 128 px, two to four times the work of mini",
     "sd15": "Stable Diffusion 1.5, 512 px",
     "sd2": "Stable Diffusion 2.1, 512 px",
     "sdxl": "Stable Diffusion XL, 1024 px",
@@ -59,8 +60,8 @@ class Photos:
 
 
 def bases() -> dict[str, str]:
-    """Name of each shipped config to what it is called on the page, mini first."""
-    names = sorted(shipped_configs(), key=lambda name: (name != "mini", name))
+    """Name of each shipped config to what it is called on the page, the built-in ones first."""
+    names = sorted(shipped_configs(), key=lambda name: (not name.startswith("mini"), name))
     return {name: LABELS.get(name, name) for name in names}
 
 

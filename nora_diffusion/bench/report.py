@@ -1,4 +1,4 @@
-"""``nora bench report``: the numbers in README and docs, rendered from the recorded results.
+"""``nora bench report``: the numbers in README, docs and model cards, from the recorded results.
 
 A page marks the parts that are rendered::
 
@@ -77,7 +77,8 @@ def _pages(root: Path) -> Iterator[tuple[Path, str, str]]:
             f"{root}: holds no benchmarks/report; run this in a checkout of the project"
         )
     environment = _environment(root)
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    cards = sorted((root / "nora_diffusion" / "assets").glob("*/README.md"))
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md")), *cards):
         text = page.read_text(encoding="utf-8")
         if _PART.search(text):
             yield page, text, _PART.sub(partial(_rendered, environment, page), text)

@@ -23,7 +23,7 @@ from nora_diffusion.config import fill_prompt, shipped_configs
 from nora_diffusion.evaluation.image_features import image_features, mean_pairwise_cosine, to_pil
 from nora_diffusion.evaluation.prompts import MINI, without_trigger
 from nora_diffusion.evaluation.text_alignment import mini_clip_score
-from nora_diffusion.families import load_family
+from nora_diffusion.families import built_in_version, load_family
 from nora_diffusion.families.base import Family
 from nora_diffusion.mini.__main__ import ASSETS
 from nora_diffusion.mini.gallery import WHERE, BackgroundProbe, Gallery
@@ -34,7 +34,6 @@ from nora_diffusion.sampling import sample_prompts
 SIZE_PX, PHOTO_PX, TRIGGER = 64, 256, "sks"
 WHERE_OF = tuple(prompt.split("{class_name} ")[1] for prompt in MINI)
 BASE_HASH = json.loads((ASSETS / "mini.json").read_text())["hash"]
-GUIDANCE = float(tomllib.loads(shipped_configs()["mini"].read_text())["sample"]["guidance"])
 
 Numbers = dict[str, float]
 
@@ -68,6 +67,15 @@ class Drawn:
     adapted: list[Image.Image]
     without_trigger: list[Image.Image] | None
 
+    def at(self, size_px: int) -> Drawn:
+        """The same pictures, larger ones made smaller."""
+        alone = self.without_trigger
+        return Drawn(
+            _resized(self.base, size_px),
+            _resized(self.adapted, size_px),
+            None if alone is None else _resized(alone, size_px),
+        )
+
 
 class Ruler:
     """The base's pictures and the subjects' features, shared by all measurements.
@@ -76,11 +84,22 @@ class Ruler:
         work: work folder of mini's recipe: emoji packages, and what is kept here.
         steps: denoising steps of every picture.
         device: where pictures are drawn; they are scored on the CPU.
+        base: the built-in base, which is also the name of its config. Pictures of a larger one are
+            scored at mini's size.
     """
 
-    def __init__(self, work: Path, steps: int = 25, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        work: Path,
+        steps: int = 25,
+        device: str | torch.device = "cpu",
+        base: str = "mini",
+    ):
         self.work, self.steps, self.device = work, steps, torch.device(device)
-        self.base = load_family("mini", dtype=torch.float32, device=self.device)
+        self.base = load_family(base, dtype=torch.float32, device=self.device)
+        self.base_hash = built_in_version(base)["base_hash"]
+        config = tomllib.loads(shipped_configs()[base].read_text())
+        self.guidance = float(config["sample"]["guidance"])
         self.gallery, self.probe = Gallery.shipped(), BackgroundProbe.shipped()
         self._references: dict[str, Reference] = {}
 
@@ -131,6 +150,7 @@ class Ruler:
             ``class_moved``, 1 - cosine to the base's picture, and ``class_nearer_to_subject``.
         """
         reference = self._reference(views)
+        drawn = drawn.at(SIZE_PX)
         of_base, of_adapter = image_features(drawn.base), image_features(drawn.adapted)
         cosine = {
             "base": mean_pairwise_cosine(of_base, reference.held_out),
@@ -164,7 +184,7 @@ class Ruler:
             else fill_prompt(prompt, trigger, class_name)
             for prompt in MINI
         ]
-        rows = sample_prompts(family, prompts, [seed], steps=self.steps, guidance=GUIDANCE)
+        rows = sample_prompts(family, prompts, [seed], steps=self.steps, guidance=self.guidance)
         return [row[0] for row in rows]
 
     def _reference(self, views: Views) -> Reference:
@@ -179,7 +199,7 @@ class Ruler:
         self, alone: Sequence[Image.Image], class_name: str, reference: Reference, seed: int
     ) -> Numbers:
         held = reference.held_out
-        plain = image_features(self._of_base(class_name, None, seed))
+        plain = image_features(_resized(self._of_base(class_name, None, seed), SIZE_PX))
         drifted = image_features(alone)
         nearer = mean_pairwise_cosine(drifted, held) - mean_pairwise_cosine(plain, held)
         moved = 1 - float((plain * drifted).sum(1).mean())
@@ -187,7 +207,7 @@ class Ruler:
 
     def _of_base(self, class_name: str, trigger: str | None, seed: int) -> list[Image.Image]:
         """Kept on disk: every method is measured beside the same ones."""
-        folder = self.work / "base_pictures" / f"{BASE_HASH}-{self.steps}"
+        folder = self.work / "base_pictures" / f"{self.base_hash}-{self.steps}"
         path = folder / f"{trigger or ''}-{class_name}-{seed}.safetensors"
         if path.is_file():
             return to_pil(load_state(path)[0]["pictures"])
@@ -210,6 +230,12 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size -> uint8 (N, 3, H, W)."""
     stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+
+
+def _resized(images: Sequence[Image.Image], size_px: int) -> list[Image.Image]:
+    if images[0].width == size_px:
+        return list(images)
+    return [image.resize((size_px, size_px), Image.Resampling.BOX) for image in images]
 
 
 def _shrink(images: Tensor) -> Tensor:

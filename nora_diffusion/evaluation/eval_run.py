@@ -24,6 +24,7 @@ from nora_diffusion.evaluation.backends import load_backend
 from nora_diffusion.evaluation.eval_report import write_report
 from nora_diffusion.evaluation.prompts import PROMPTS, without_trigger
 from nora_diffusion.evaluation.protocol import Pictures, measure
+from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import Family, resolve_device
 from nora_diffusion.sampling import (
     adapter_path,
@@ -34,7 +35,6 @@ from nora_diffusion.sampling import (
     shown_base,
 )
 
-BUILT_IN = "mini"
 SETTINGS = "settings.json"
 LIVE_CLASSES = frozenset(
     "bear bird boy cat child cow dog duck fish girl hamster horse kitten man parrot person "
@@ -102,7 +102,8 @@ def evaluate_run(options: Options) -> Path:
     training = _photos(options.photos or _run_photos(path, trigger), "--photos")
     held_out = [] if options.held_out is None else _photos(options.held_out, "--held-out")
     device = resolve_device(options.device)
-    names = options.backends or (("effnet", "mini_clip") if base == BUILT_IN else ("dino", "clip"))
+    offline, online = ("effnet", "mini_clip"), ("dino", "clip")
+    names = options.backends or (offline if built_in_version(base) else online)
     backends = [load_backend(name, device) for name in names]
     of_run = sample_settings(path)
     settings = {
@@ -135,7 +136,7 @@ def evaluate_run(options: Options) -> Path:
 
 def default_prompts(base: str, class_name: str) -> str:
     """The kind of prompts that suits a base and a class."""
-    if base == BUILT_IN:
+    if built_in_version(base):
         return "mini"
     return "live" if class_name.split()[-1].lower() in LIVE_CLASSES else "object"
 

@@ -48,7 +48,8 @@ PIPELINES = {
 ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ALLOWED = (
-    '"mini", a Hugging Face id such as "owner/name", a diffusers folder or a .safetensors file'
+    '"mini" or "mini-128", a Hugging Face id such as "owner/name", a diffusers folder or a '
+    ".safetensors file"
 )
 
 
@@ -56,10 +57,10 @@ def load_pipeline(base: Any = "mini", **kwargs: Any) -> DiffusionPipeline:
     """Load a base model as a diffusers pipeline.
 
     Args:
-        base: ``"mini"`` (built in), a Hugging Face id, a diffusers folder, or one .safetensors
-            file: Stable Diffusion 1.x, 2.x or XL in the original layout (read without any
-            download), or the transformer of SD 3, Flux.1, Flux.2 klein or Z-Image (the other parts
-            from the diffusers folder it lies in, or from the hub).
+        base: ``"mini"`` or ``"mini-128"`` (built in), a Hugging Face id, a diffusers folder, or
+            one .safetensors file: Stable Diffusion 1.x, 2.x or XL in the original layout (read
+            without any download), or the transformer of SD 3, Flux.1, Flux.2 klein or Z-Image (the
+            other parts from the diffusers folder it lies in, or from the hub).
         kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``, such as ``dtype``
             (also under its older name ``torch_dtype``); for a single SD 2.x file also
             ``prediction_type="epsilon" | "v_prediction"``, which is otherwise found out from
@@ -182,7 +183,7 @@ def locate(base: Any) -> str | Path:
 
 def built_in_version(base: str) -> dict[str, str]:
     """Name and hash of a built-in base as released (``mini-64-v3``); empty for other bases."""
-    path = ASSETS / base / f"{base}.json"
+    path = ASSETS / base / "mini.json"
     if not re.fullmatch(r"[\w-]+", base) or not path.is_file():
         return {}
     about = json.loads(path.read_text(encoding="utf-8"))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nora_diffusion.mini.start import Start
 
 ASSETS = Path(__file__).parents[1] / "assets" / "mini"
+SHIPPED = {"cpu": ASSETS, "gpu": ASSETS.with_name("mini-128")}
+"""Where the result of each preset is part of the package."""
 CLIP_ASSETS = ASSETS.with_name("mini_clip")
 
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     stages = {"train", "export", "score"} if "all" in args.stages else set(args.stages)
     work = args.work / recipe.name
     work.mkdir(parents=True, exist_ok=True)
-    out = args.out or ASSETS
+    out = args.out or SHIPPED[args.preset]
     if stages & {"train", "export"}:
         from nora_diffusion.mini.start import adopt
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from nora_diffusion.mini.backgrounds import draw_background
 from nora_diffusion.mini.compose import Compositor, Placement, wording
-from nora_diffusion.mini.export import weights_hash
+from nora_diffusion.mini.export import forget_origin, weights_hash
 from nora_diffusion.mini.sources import concepts, write_manifest
 from nora_diffusion.mini.state import Trained, learning_rate_at, load_state, save_state
 
@@ -267,6 +267,7 @@ def export_clip(
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    forget_origin(path)
     processor.save_pretrained(folder)
     (folder / "manifests").mkdir(exist_ok=True)
     shutil.copy(manifest, folder / "manifests" / "clip.txt")

@@ -55,11 +55,22 @@ def export(
     config_path = folder / "text_encoder" / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"}
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("*/config.json"):
+        forget_origin(path)
     shutil.copytree(manifests, folder / "manifests", dirs_exist_ok=True)
     digest = weights_hash(folder)
     about = {"name": name, "hash": digest, "recipe": recipe}
     (folder / "mini.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return digest
+
+
+def forget_origin(config_path: Path) -> None:
+    """Takes out of a saved config.json where its model was loaded from: a path of this machine."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def weights_hash(folder: Path) -> str:

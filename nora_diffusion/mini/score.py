@@ -128,7 +128,7 @@ def score(
 
 def contact_sheet(images: torch.Tensor, labels: list[str], path: Path, columns: int = 12) -> None:
     """Writes uint8 pictures (N, 3, S, S) as a grid with a line of text under each."""
-    cell, line = 96, 22
+    cell, line = max(96, images.shape[-1]), 22
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (cell + 4), rows * (cell + line + 4)), "white")
     pen = ImageDraw.Draw(sheet)

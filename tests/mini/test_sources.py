@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nora_diffusion.mini.__main__ import ASSETS
+from nora_diffusion.mini.__main__ import SHIPPED
 from nora_diffusion.mini.sources import Concept, concept_lists, is_held_out, rgba, write_manifest
 from nora_diffusion.mini.subjects import SUBJECTS
 
@@ -38,8 +38,9 @@ def test_every_spoken_name_belongs_to_a_trained_emoji():
     assert set(lists["spoken"]) <= trained
 
 
-def test_shipped_manifests_name_no_held_out_emoji():
-    manifests = sorted((ASSETS / "manifests").glob("*.txt"))
+@pytest.mark.parametrize("folder", SHIPPED.values(), ids=lambda folder: folder.name)
+def test_shipped_manifests_name_no_held_out_emoji(folder: Path):
+    manifests = sorted((folder / "manifests").glob("*.txt"))
     assert [m.stem for m in manifests] == ["autoencoder", "denoiser"]
     for manifest in manifests:
         names = manifest.read_text(encoding="utf-8").splitlines()

@@ -97,6 +97,8 @@ def test_no_step_exports_the_start_at_the_new_size(work: Path, exported: Path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == 4
+    # What loads a model notes where from: a path of the machine that trained it.
+    assert not any(str(work) in path.read_text() for path in out.rglob("*.json"))
     about = json.loads((out / "mini.json").read_text())["recipe"]
     assert about["start"] == json.loads((exported / "mini.json").read_text())
     assert about["denoiser_samples"] == about["autoencoder_samples"] == 0
