@@ -44,7 +44,7 @@ def _shipped(pattern: str) -> list[Path]:
     package = Path(__file__).parent
     # A wheel carries them inside the package; a checkout keeps them at its top level.
     folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    return sorted(folder.glob(pattern))
+    return sorted(folder.glob(pattern), key=lambda path: path.stem)  # mini before mini-128
 
 
 def _is_for(command: str, path: Path) -> bool:

@@ -64,7 +64,7 @@ def test_one_failure_loses_nothing_else():
 
 
 COMMAND = """
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from nora_diffusion.bench.parallel import side_by_side
 
@@ -77,6 +77,7 @@ def call(number):
     return number
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs with &
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with pool:
         side_by_side(pool, 2, call, range(9), lambda _, n: tell(f"finished {n}"))

@@ -249,7 +249,7 @@ def test_dtype_has_an_older_name(tmp_path):
 def test_a_built_in_base_says_its_version(tmp_path, monkeypatch):
     pipe = tiny_pipeline("sd15")
     pipe.save_pretrained(tmp_path / "small")
-    (tmp_path / "small" / "small.json").write_text('{"name": "small-1", "hash": "abc", "x": 1}')
+    (tmp_path / "small" / "mini.json").write_text('{"name": "small-1", "hash": "abc", "x": 1}')
     monkeypatch.setattr(families, "ASSETS", tmp_path)
     family = load_family("small", dtype=torch.float32, device=CPU)
     assert family.components.base == "small"

@@ -22,7 +22,7 @@ from nora_diffusion.mini.export import weights_hash
 from nora_diffusion.mini.sources import Concept, is_held_out
 from nora_diffusion.mini.state import Trained
 
-ASSETS_LIMIT = 42_000_000  # bytes of all that ships as a model
+ASSETS_LIMIT = 42_000_000  # bytes of mini and mini-CLIP together
 
 
 @pytest.fixture(scope="module")
