@@ -264,7 +264,7 @@ class Benchmark:
             note=(
                 "See size for what was trained on and asked. step_s is the median of one step, "
                 "forward, backward and update; without a GPU in CPU seconds. On a GPU that several "
-                "workers share they slow one another: language_cost.json has undisturbed times."
+                "workers share they slow one another: see language_cost.json for undisturbed times."
             ),
         )
 

@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 LABELS = {
     "mini": "mini: built in, 64 px, runs on any CPU",
-    "mini-128": "mini-128: built in, 128 px, two to four times the work of mini",
+    "mini-128": "mini-128: built in, 128 px, clearer and slower than mini",
     "sd15": "Stable Diffusion 1.5, 512 px",
     "sd2": "Stable Diffusion 2.1, 512 px",
     "sdxl": "Stable Diffusion XL, 1024 px",

@@ -141,6 +141,8 @@ def _saver(args: argparse.Namespace, name: str) -> Callable[[dict[str, Any]], No
     from nora_diffusion.bench.record import write_record
 
     command = f"nora bench {args.what}" + (" --quick" if args.quick else "")
+    if args.steps != STEPS:
+        command += f" --steps {args.steps}"
 
     def save(results: dict[str, Any]) -> None:
         write_record(args.out / f"{name}.json", command, results)

@@ -214,6 +214,9 @@ def test_the_fitted_start_on_a_random_basis_is_level_with_lora():
     kept = ("background_adapted", "text_adapted")
     assert all(abs(ours[key] / lines["LoRA r 16"][key] - 1) < 0.05 for key in kept)
     assert max(lines, key=lambda name: lines[name]["score"]) == "LoRA r 64"
+    for subject in ("poodle", "black cat", "backpack"):
+        own = [row for row in recorded("methods")["rows"] if row["subject"] == subject]
+        assert max(row["gap_closed"] for row in own) < 0
 
 
 def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():

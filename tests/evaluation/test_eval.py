@@ -92,7 +92,7 @@ def test_prompt_lists():
     given = (ROOT / "sample_data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert list(MINI) == given
     assert without_trigger(LIVE[0], "dog") == "a dog in the jungle"
-    assert default_prompts("mini", "dog") == "mini"
+    assert default_prompts("mini", "dog") == default_prompts("mini-128", "dog") == "mini"
     assert default_prompts("x/sd15", "corgi dog") == "live"
     assert default_prompts("x/sd15", "teapot") == "object"
     assert default_prompts("x/sd15", "stuffed animal") == "object"  # as DreamBench has it

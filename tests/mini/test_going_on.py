@@ -166,7 +166,7 @@ def test_what_cannot_be_gone_on_from_is_refused(
     with pytest.raises(ValueError, match="began from nothing"):
         start.adopt(exported, work)
     (work / "denoiser.safetensors").unlink()
-    assert start.adopt(exported, work) is not None
+    assert start.adopt(exported, work) == start.Start(work / "start")
     other = tmp_path / "other"
     other.mkdir()
     (other / "mini.json").write_text('{"hash": "another"}', encoding="utf-8")
