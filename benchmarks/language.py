@@ -1,10 +1,14 @@
 """LoRA, LoRA-XS form and NoRA on a language model: ARC-E, ARC-C, OBQA and BoolQ, three seeds.
 
-    python benchmarks/language.py [--full] [--workers 2] [--data DIR] [--work DIR]
+    python benchmarks/language.py [--full] [--answers text] [--workers 2] [--data DIR] [--work DIR]
 
 Every method gets the same data, steps and number of learning rates. One seed and held-out training
 questions choose the rate of each method, and which two of NoRA's bases are reported; the test
 questions choose nothing. Data: LLM-Adapters' files in ../shared/data/reasoning.
+
+With `--answers number` a question lists its options and the answer is "answer2", as LLM-Adapters
+has it; with `--answers text` it does not, and the answer is the option itself, which small models
+that cannot tell numbered options apart are able to choose by likelihood.
 
 `--full` is for a GPU: all lengths, up to 1,000 questions a set; by estimate some ten minutes of an
 H200 for six workers, who need up to 16 GB each. Without it the sizes are those of `SMALL`.
@@ -19,6 +23,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -51,6 +56,7 @@ from nora_diffusion.train.language import add_adapter, fit, training_arguments
 from nora_diffusion.train.trainer import make_trainer
 
 DATA = ROOT.parent / "shared" / "data" / "reasoning"
+PARTS = ("train.json", "test.json")
 SETS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
 RATES = {
@@ -118,6 +124,7 @@ def rates(method: str) -> tuple[float, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="larger sizes, for a GPU")
+    parser.add_argument("--answers", choices=("number", "text"), default="number")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four sets")
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--device", default="auto")
@@ -132,8 +139,9 @@ def main() -> None:
     if args.smoke:
         size = Size(80, 2, 2, 20, 2, 2, 1, False)
     benchmark = Benchmark(
-        args.base, args.device, size, args.data, args.work, args.workers, args.smoke
-    )
+        args.base, args.device, size, args.data, args.work, args.workers, args.smoke,
+        args.answers == "text",
+    )  # fmt: skip
     try:
         benchmark.run()
     except KeyboardInterrupt:
@@ -166,6 +174,7 @@ class Benchmark:
     work: Path
     workers: int
     smoke: bool
+    text: bool = False  # whether answers are the options themselves
 
     @property
     def rows(self) -> Path:
@@ -175,6 +184,7 @@ class Benchmark:
             resolve_device(self.device).type, TARGETS, RATES,
             {name: config.to_dict() for name, config in methods().items()},
         ]  # fmt: skip
+        settings += ["text"] if self.text else []
         key = hashlib.sha256(json.dumps(settings, default=sorted, sort_keys=True).encode())
         return self.work / f"{Path(self.base).name}-{key.hexdigest()[:12]}"
 
@@ -244,9 +254,10 @@ class Benchmark:
             return
         rows = [{**row, "sets": accuracies(row)} for found in finals.values() for row in found]
         write_result(
-            "language",
+            "language-text" if self.text else "language",
             {
                 "base": self.base,
+                "answers": "text" if self.text else "number",
                 "size": asdict(self.size),
                 "workers": self.workers,
                 "targets": TARGETS,
@@ -288,6 +299,7 @@ class Bench:
 
     def __init__(self, benchmark: Benchmark):
         self.size, self.data, self.rows = benchmark.size, benchmark.data, benchmark.rows
+        self.text = benchmark.text
         self.device = resolve_device(benchmark.device)
         self.tokenizer = load_tokenizer(benchmark.base)
         if not self.size.system_turn:
@@ -315,7 +327,7 @@ class Bench:
             row["validation"] = float(np.mean(np.log(sure)))
         if task.test:
             row["sets"] = {
-                name: asdict(self._evaluate(model, file, 12))
+                name: asdict(self._evaluate(model, file, 40 if self.text else 12))
                 for name, file in zip(SETS, self.test, strict=True)
             }
         return row
@@ -374,18 +386,23 @@ class Bench:
         validation: list[Path] = []
         test: list[Path] = []
         for name in SETS:
-            rows = read_rows(self.data / name / "train.json")
+            rows, of_test = (self._rows(self.data / name / part) for part in PARTS)
             held = self._short(rows[::-1], size.validation_questions)
             kept = self._short(rows, size.train_examples + len(held))
             kept = [row for row in kept if row not in held][: size.train_examples]
             train += [[encode_messages(self.tokenizer, messages_of(row))] for row in kept]
-            of_test = self._short(read_rows(self.data / name / "test.json"), size.test_questions)
+            of_test = self._short(of_test, size.test_questions)
             for part, questions, files in (
                 ("validation", held, validation), ("test", of_test, test),
             ):  # fmt: skip
                 files.append(self.rows / f"{name}-{part}.json")
                 write_atomically(files[-1], json.dumps(questions).encode())
         return train, validation, test
+
+    def _rows(self, file: Path) -> list[dict[str, Any]]:
+        """A file's questions, in the form that is asked for."""
+        rows = read_rows(file)
+        return [with_text_answers(row) for row in rows] if self.text else rows
 
     def _short(self, rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
         """The first rows that are not too long."""
@@ -394,6 +411,26 @@ class Bench:
 
     def _length(self, row: dict[str, Any]) -> int:
         return len(encode_messages(self.tokenizer, messages_of(row)).ids)
+
+
+def with_text_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of numbered options without them, whose answer is an option's own text.
+
+    One of true or false stays as it is.
+    """
+    question, *rest = row["instruction"].split("\n\n")
+    options = [text.strip() for text in re.split(r"\bAnswer\d+: ", rest[0])[1:]]
+    if not options:
+        return row
+    right = options[int(row["answer"].removeprefix("answer")) - 1]
+    question = question.removeprefix("Please choose the correct answer to the question: ")
+    return {
+        "instruction": question,
+        "input": "",
+        "options": options,
+        "answer": right,
+        "output": right,
+    }
 
 
 class Clock(TrainerCallback):

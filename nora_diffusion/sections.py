@@ -70,9 +70,9 @@ class Adapter(Section):
         lt=1.0,
     )
     init: Literal["orthogonal", "sigma", "gradient"] = setting(
-        "orthogonal",
+        "gradient",
         "Start of the inner pair; each leaves the base model unchanged at step 0, and gradient is "
-        "fitted to the photos first.",
+        "fitted to the photos first (docs/comparison.md).",
     )
     basis: Literal["weight", "weight_minor", "activation", "gradient", "random"] = setting(
         "weight", "Where the frozen outer directions come from."
@@ -111,6 +111,11 @@ class TextEncoder(Section):
     train: bool = setting(False, "Adapt the text encoder(s) as well.")
     r: int = setting(64, "Outer rank in the text encoder(s).", ge=1)
     inner_r: int = setting(8, "Inner rank in the text encoder(s); at most text_encoder.r.", ge=1)
+    basis: Literal["weight", "weight_minor", "random"] = setting(
+        "random",
+        "Where their frozen outer directions come from; the largest ones of the weight cost "
+        "backgrounds and text (docs/comparison.md).",
+    )
     learning_rate: float | None = setting(
         None, "Learning rate of the text encoder(s); none: train.learning_rate.", gt=0
     )

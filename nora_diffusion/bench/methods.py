@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import LoraConfig, OFTConfig, PeftConfig, PsoftConfig
 
+from nora_diffusion.adapter.factors import DATA_BASES
+
 RATES = {
     "nora": (2e-3, 6e-3, 2e-2, 6e-2),
     "low_rank": (6e-4, 2e-3, 6e-3, 2e-2),
@@ -23,7 +25,7 @@ class Method:
     Attributes:
         name: in tables.
         rates: learning rates that are tried.
-        nora: overrides of the run's config, for a variant of NoRA.
+        nora: settings of the run, for a variant of NoRA.
         peft: PEFT's configuration class, for any other method.
         options: its arguments beside the modules.
     """
@@ -78,12 +80,22 @@ def nora(
     basis: str = "weight",
     init: str = "orthogonal",
     alpha: float | None = None,
+    text_basis: str | None = None,
 ) -> Method:
-    """A variant of NoRA; ``alpha`` is the exponent of its timestep law."""
+    """A variant of NoRA.
+
+    ``alpha`` is the exponent of its timestep law. ``text_basis`` is the basis in the text encoder;
+    without it that of the denoiser, or the weight's for one that is fitted to pictures.
+    """
     law = "" if alpha is None else f", alpha {alpha:g}"
-    given = {"r": r, "inner_r": inner_r, "basis": basis, "init": init}
+    law += "" if text_basis is None else f", text {text_basis}"
+    given = {
+        "adapter.r": r, "adapter.inner_r": inner_r, "adapter.basis": basis, "adapter.init": init,
+        "text_encoder.r": r, "text_encoder.inner_r": inner_r,
+        "text_encoder.basis": text_basis or ("weight" if basis in DATA_BASES else basis),
+    }  # fmt: skip
     if alpha is not None:
-        given["timestep_rank"] = alpha
+        given["adapter.timestep_rank"] = alpha
     return Method(f"NoRA {r}/{inner_r} {basis} {init}{law}", RATES["nora"], nora=given)
 
 
@@ -92,6 +104,10 @@ PAPER = nora(init="sigma")
 
 FITTED = nora(init="gradient")
 """The paper's basis with the fitted start, which costs no byte of a file."""
+
+SPLIT = nora(init="gradient", text_basis="random")
+"""The fitted start on the weight's directions in the denoiser, and on random ones in its text
+encoder: what is shipped."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nora_diffusion.adapter.files import save_adapter
-from nora_diffusion.bench.methods import nora
+from nora_diffusion.bench.methods import SPLIT
 from nora_diffusion.bench.ruler import PHOTO_PX, Ruler
 from nora_diffusion.bench.trial import method_config, open_session
 from nora_diffusion.denoiser_hooks import load_adapter
@@ -106,7 +106,7 @@ def _trained(
     path = folder / f"{name}-{plan.steps}-{seed}.safetensors"
     if path.is_file():
         return path
-    method, steps = nora(), plan.steps * len(views)
+    method, steps = SPLIT, plan.steps * len(views)
     with tempfile.TemporaryDirectory() as temporary:
         tables: list[str] = []
         for index, (one, trigger) in enumerate(zip(views, triggers, strict=True)):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nora_diffusion.bench.ledger import Ledger, Row
-from nora_diffusion.bench.methods import nora
+from nora_diffusion.bench.methods import SPLIT, Method, nora
 from nora_diffusion.bench.study import Plan, Study, mean_row, score
 from nora_diffusion.bench.trial import Trial
 
@@ -18,7 +18,7 @@ GOOD_ENOUGH = 0.95
 
 
 def run_ranks(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
-    """Run or continue the grid, every cell at the learning rate that was found for NoRA 32/8.
+    """Run or continue the grid, every cell at the learning rate that was found for ``SPLIT``.
 
     Args:
         plan: steps, subjects and seeds.
@@ -30,10 +30,10 @@ def run_ranks(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
         subject the pair with the fewest parameters whose score is within 5 % of its best.
     """
     study = Study(plan, ledger, save)
-    study.search([nora()])
-    rate = study.rates[nora().name]
+    study.search([SPLIT])
+    rate = study.rates[SPLIT.name]
     trials = [
-        Trial(nora(r, inner_r), subject, rate, seed, plan.steps)
+        Trial(_of_ranks(r, inner_r), subject, rate, seed, plan.steps)
         for seed in plan.seeds
         for subject in plan.subjects
         for r in OUTER
@@ -51,13 +51,18 @@ def run_ranks(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     return study.results
 
 
+def _of_ranks(r: int, inner_r: int) -> Method:
+    return nora(r, inner_r, init="gradient", text_basis="random")
+
+
 def _cells(ledger: Ledger, trials: Sequence[Trial]) -> list[Row]:
     found: dict[tuple[str, int, int], list[Row]] = {}
     for trial in trials:
         row = ledger.find(trial)
         if row is not None:
             given = trial.method.nora
-            found.setdefault((trial.subject, given["r"], given["inner_r"]), []).append(row)
+            ranks = (given["adapter.r"], given["adapter.inner_r"])
+            found.setdefault((trial.subject, *ranks), []).append(row)
     return [
         {
             "subject": subject, "r": r, "inner_r": inner_r,

@@ -20,7 +20,16 @@ from typing import Any
 
 from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
-from nora_diffusion.bench.methods import BASELINES, FITTED, PAPER, VARIANTS, Method, lora, nora
+from nora_diffusion.bench.methods import (
+    BASELINES,
+    FITTED,
+    PAPER,
+    SPLIT,
+    VARIANTS,
+    Method,
+    lora,
+    nora,
+)
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
@@ -33,6 +42,8 @@ ABLATION = (
     nora(basis="random"),
     PAPER,
     nora(),
+    FITTED,
+    SPLIT,
     lora("LoRA r 16", 16),
 )
 
@@ -90,8 +101,8 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     study = Study(plan, ledger, save)
     study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    study.search((FITTED, *finalists, *plan.baselines))
-    ours = {method.name: method for method in (PAPER, FITTED, *finalists)}
+    study.search((FITTED, SPLIT, *finalists, *plan.baselines))
+    ours = {method.name: method for method in (PAPER, FITTED, SPLIT, *finalists)}
     study.final((*plan.baselines, *ours.values()))
     return study.results
 
@@ -166,7 +177,7 @@ class Study:
         rates = {"sigma": self.rates[PAPER.name], "orthogonal": of_plain, "gradient": of_plain}
         trials = {
             method.name: [
-                Trial(method, subject, rates[method.nora["init"]], seed, self.plan.steps)
+                Trial(method, subject, rates[method.nora["adapter.init"]], seed, self.plan.steps)
                 for subject in self.plan.variants_on
                 for seed in self.plan.seeds[:1]
             ]

@@ -137,13 +137,10 @@ def method_config(
         folder: where the run folder is made.
         subjects: overrides of ``[data]``.
     """
-    nora = method.nora
-    ranks = {f"text_encoder.{name}": nora[name] for name in ("r", "inner_r") if name in nora}
     settings = {
         "data.cache": "false", "train.steps": steps, "train.learning_rate": rate,
         "train.seed": seed, "train.checkpoint_every": 0, "output.dir": folder / "run",
-        "adapter.seed": seed, **ranks,
-        **{f"adapter.{name}": value for name, value in nora.items()},
+        "adapter.seed": seed, **method.nora,
     }  # fmt: skip
     targets = [text for kind in TARGETS for text in ("--adapter.targets", kind)]
     return load_config("mini", [*(f"{k}={v}" for k, v in settings.items()), *targets, *subjects])

@@ -107,7 +107,7 @@ def adapter_config(cfg: DreamboothConfig, family: Family, *, denoiser: bool) -> 
         )  # fmt: skip
     else:  # a text encoder sees no timestep, and its data are a few prompts: too few to fit to
         targets, r, inner_r, law = list(family.text_targets), text.r, text.inner_r, None
-        basis = "weight" if adapter.basis in DATA_BASES else adapter.basis
+        basis = text.basis
     return nora_config(adapter, targets, r=r, inner_r=inner_r, basis=basis, timestep_rank=law)
 
 

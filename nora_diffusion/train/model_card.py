@@ -124,10 +124,11 @@ def _table(session: Session) -> str:
     name = version.get("base_version", base)
     count = session.processes.count
     processes = f" × {count} processes" if count > 1 else ""
+    of_text = f" (text encoder: {cfg.text_encoder.basis})" if cfg.text_encoder.train else ""
     rows = {
         "base": f"`{name}` (SHA-256 {version['base_hash'][:16]}…)",
         "outer rank, inner rank": f"{cfg.adapter.r}, {cfg.adapter.inner_r}",
-        "basis, initialisation": f"{cfg.adapter.basis}, {cfg.adapter.init}",
+        "basis, initialisation": f"{cfg.adapter.basis}{of_text}, {cfg.adapter.init}",
         "modules": f"{len(session.parameters) // 2}",
         "trained parameters": f"{sum(p.numel() for p in session.parameters.values()):,}",
         "steps": f"{session.step}",

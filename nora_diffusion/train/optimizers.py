@@ -133,7 +133,7 @@ def optimizer_bytes(cfg: DreamboothConfig, parameters: Mapping[str, nn.Parameter
         elif name == "adamw_8bit" and count >= SMALLEST_8BIT:
             total += 2 * (count + 4 * math.ceil(count / BLOCK_8BIT))
         elif name == "prodigy":  # with the start, which it does not keep where that is all zero
-            zero = cfg.adapter.init == "orthogonal" and path.endswith(".inner_B")
+            zero = cfg.adapter.init != "sigma" and path.endswith(".inner_B")
             total += 4 * count * (3 if zero else 4)
         else:
             total += 2 * 4 * count

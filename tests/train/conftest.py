@@ -48,7 +48,8 @@ def defaults(base: Path, subject: Path, folder: Path) -> dict[str, dict[str, Any
     """Settings for quick runs in a folder."""
     return {
         "model": {"base": str(base), "device": "cpu"},
-        "adapter": {"r": 8, "inner_r": 2},
+        # The default start would be fitted first, by 16 passes a run.
+        "adapter": {"r": 8, "inner_r": 2, "init": "orthogonal"},
         "text_encoder": {"r": 8, "inner_r": 2},
         "data": {"subject": str(subject), "class_name": "toy"},
         "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 0, "lr_warmup_steps": 2},
