@@ -89,7 +89,8 @@ def train_once(base: str, views: Views, folder: Path, seed: int, overrides: list
     )  # fmt: skip
     if folder.exists():
         kept = load_run(folder)
-        if (kept.adapter, kept.train) != (config.adapter, config.train):
+        parts = ("adapter", "text_encoder", "train")
+        if any(getattr(kept, part) != getattr(config, part) for part in parts):
             raise SystemExit(
                 f"{folder}: was trained with other settings; remove it, or other --runs"
             )
