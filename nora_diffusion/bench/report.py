@@ -116,8 +116,9 @@ def _environment(root: Path) -> Environment:
 
 
 def share(value: float, digits: int = 0) -> str:
-    """0.19 as "19 %"."""
-    return f"{value:.{digits}%}".replace("%", " %")
+    """0.19 as "19 %"; what rounds to nothing has no sign."""
+    rounded = round(value, digits + 2) + 0.0
+    return f"{rounded:.{digits}%}".replace("%", " %")
 
 
 def aim(text: str, met: bool) -> str:

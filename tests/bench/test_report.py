@@ -90,5 +90,5 @@ def test_plots_are_drawn_again_when_their_numbers_change(checkout):
 
 
 def test_filters():
-    assert share(0.194) == "19 %" and share(-0.0051, 1) == "-0.5 %"
+    assert share(-0.004) == "0 %" and share(0.194) == "19 %" and share(-0.0051, 1) == "-0.5 %"
     assert aim("3 s", True) == "3 s" and aim("3 s", False) == "**3 s** (missed)"
