@@ -156,6 +156,7 @@ def add_method(
     """Put the method's adapter on every model, in its initial state."""
     if method.peft is None:
         adapters.add_adapters(cfg, family, inputs)
+        adapters.fit_inner_pairs(cfg, family, inputs, models)
         return
     # PEFT draws initial factors from torch's own generator.
     torch.manual_seed(cfg.train.seed)

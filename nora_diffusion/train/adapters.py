@@ -46,16 +46,16 @@ def add_adapters(
     family: Family,
     inputs: Inputs,
     fitted: dict[str, Tensor] | None = None,
-    resumed: bool = False,
 ) -> None:
     """Add the adapters that the config asks for, in their initial or their given state.
+
+    A start that is fitted to the photos comes after it: ``fit_inner_pairs``.
 
     Args:
         cfg: the settings.
         family: the base model.
         inputs: what a data-driven basis is fitted to.
         fitted: outer factors fitted before, from a checkpoint.
-        resumed: whether a checkpoint will bring the inner pairs, so that no start is fitted.
 
     Raises:
         UserError: when no module matches ``adapter.target_modules``, or ``adapter.init_from`` does
@@ -80,8 +80,6 @@ def add_adapters(
         _fit_basis(cfg, family, inputs)
     if family.components.offloaded:
         move_adapters(denoiser, family.components.device)
-    if cfg.adapter.init == "gradient" and cfg.adapter.init_from is None and not resumed:
-        _fit_start(cfg, family, inputs, models)
     if any(has_timestep_law(layer) for _, layer in iter_nora_layers(denoiser)):
         attach_timestep_rank(denoiser, family.num_timesteps)
 
@@ -233,10 +231,15 @@ def _fit_basis(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
     fit_basis(family.components.denoiser, range(FIT_BATCHES), step, NAME)
 
 
-def _fit_start(
+def fit_inner_pairs(
     cfg: DreamboothConfig, family: Family, inputs: Inputs, models: dict[str, nn.Module]
 ) -> None:
-    """Fit the start of the inner pairs of all models at once."""
+    """Fit the start of the inner pairs of all models at once, where the config asks for that.
+
+    The denoiser may be split over processes: as in a step, each gathers a block at a time.
+    """
+    if cfg.adapter.init != "gradient" or cfg.adapter.init_from is not None:
+        return
     step = partial(_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
     fit_start(nn.ModuleList(models.values()), range(START_BATCHES), step, NAME)
 

@@ -74,13 +74,16 @@ def prepare(
     to_fit = adapters.what_is_fitted(cfg) if checkpoint is None else []
     if to_fit:
         report.say(f"fitting {' and '.join(to_fit)} to the photos")
-    adapters.add_adapters(cfg, family, inputs, fitted, resumed=checkpoint is not None)
-    if cfg.model.compile:
-        speed.compile_blocks(parts.denoiser)
+    adapters.add_adapters(cfg, family, inputs, fitted)
     processes.copy_from_first(common.adapter_tensors(models.values()))
     if processes.strategy == "fsdp":
         shard_denoiser(parts.denoiser, fsdp_settings(cfg), device)
+    if checkpoint is None:  # else it brings the inner pairs
+        adapters.fit_inner_pairs(cfg, family, inputs, models)
+    if cfg.model.compile:
+        speed.compile_blocks(parts.denoiser)
     parameters = adapters.trained_parameters(models)
+    processes.copy_from_first(list(parameters.values()))
     of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
     of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
     text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate

@@ -305,6 +305,12 @@ SPLIT = {
         "sample": {"every": 2},
     },
 }
+FITTED = {
+    "train": {"batch_size": 1, "steps": 1, "learning_rate": 1e-12},
+    "adapter": {"init": "gradient"},
+    "text_encoder": {"train": True},
+}
+"""A start that is fitted to the photos, and hardly moved."""
 
 
 @pytest.mark.slow
@@ -323,9 +329,9 @@ def test_what_is_split_trains_the_same_and_resumes_to_the_bit(
     jobs = [Job([config(name, **sections)]) for name, sections in SPLIT.items()]
     jobs.append(Job([config("parts", **EVERYTHING)], ((0, 4 + 1, signal.SIGTERM),)))
     resume = ["--resume", str(tmp_path / "parts")]
-    jobs += [Job(resume, ((1, 1, signal.SIGTERM),)), Job(resume)]
+    jobs += [Job(resume, ((1, 1, signal.SIGTERM),)), Job(resume), Job([config("fit", **FITTED)])]
     outcomes = launch(jobs, tmp_path / strategy, environment=environment)
-    assert [job[0] for job in outcomes[0].jobs] == [0, 0, 130, 130, 0], outcomes[0].errors
+    assert [job[0] for job in outcomes[0].jobs] == [0, 0, 130, 130, 0, 0], outcomes[0].errors
     assert {"fsdp": "FSDP", "zero2": "ZeRO-2"}[strategy] in outcomes[0].printed[0]
     assert_same(trained(tmp_path / "parts"), trained(tmp_path / "everything"))
 
@@ -347,6 +353,14 @@ def test_what_is_split_trains_the_same_and_resumes_to_the_bit(
             load_file(tmp_path / name / LORA_FILE)[key].shape == value.shape
             for key, value in load_file(alone / LORA_FILE).items()
         )
+
+    alone = dreambooth.run(made_config(values, {**FITTED, "output": {"dir": f"{tmp_path}/fit1"}}))
+    both, starts = trained(tmp_path / "fit"), trained(alone)
+    assert any(tensor.endswith("inner_A") for tensor in starts)
+    for tensor, value in starts.items():
+        if tensor.endswith("inner_A"):  # as directions: signs are free
+            found = both[tensor]
+            torch.testing.assert_close(found.T @ found, value.T @ value, rtol=0, atol=1e-3)
 
 
 REFUSED = [
