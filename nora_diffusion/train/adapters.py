@@ -202,7 +202,9 @@ def _check_start(source: str, component: str, model: nn.Module, wanted: NoraConf
     """What is loaded must be what the config describes, or the saved config would be untrue."""
     layers = dict(iter_nora_layers(model))
     given = next(iter(layers.values())).nora_config[NAME]
-    fields = ("r", "inner_r", "scaling", "dropout", "init", "basis", "seed", "timestep_rank")
+    fields = ["r", "inner_r", "scaling", "dropout", "init", "basis", "seed", "timestep_rank"]
+    if "sigma" not in (given.init, wanted.init):  # P0 = 0 with both, and Q0 is of no account
+        fields.remove("init")
     differing = [
         f"{name} = {getattr(given, name)!r} (here {getattr(wanted, name)!r})"
         for name in fields

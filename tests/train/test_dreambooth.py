@@ -643,6 +643,9 @@ def test_a_run_can_start_from_an_adapter(make_config, tmp_path, finished):
     assert after.keys() == start.keys()
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, start[name], rtol=0, atol=1e-6)
+    assert (
+        load_run(finished).adapter.init == "gradient"
+    )  # here orthogonal: all the same once trained
     other = make_config(adapter={"r": 8, "inner_r": 1, "init_from": str(finished)})
     with pytest.raises(UserError, match=r"inner_r = 2 \(here 1\); set the keys of \[adapter\]"):
         prepared(other, tmp_path)
