@@ -78,7 +78,7 @@ def start(base, photos, tmp_path, capsys, monkeypatch) -> Callable[..., Result]:
 SETTINGS = """
 model = {{ base = "{base}", device = "cpu" }}
 data = {{ subject = "{photos}", class_name = "toy" }}
-adapter = {{ r = 8, inner_r = 2 }}
+adapter = {{ r = 8, inner_r = 2, init = "orthogonal" }}
 sample = {{ prompts = ["a {{trigger}} {{class_name}}"], n = 1, steps = 1 }}
 
 [train]
