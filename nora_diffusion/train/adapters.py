@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,16 +235,27 @@ def _fit_basis(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
 
 
 def fit_inner_pairs(
-    cfg: DreamboothConfig, family: Family, inputs: Inputs, models: dict[str, nn.Module]
+    cfg: DreamboothConfig,
+    family: Family,
+    inputs: Inputs,
+    models: dict[str, nn.Module],
+    batches: Iterable[int] = range(START_BATCHES),
 ) -> None:
     """Fit the start of the inner pairs of all models at once, where the config asks for that.
 
     The denoiser may be split over processes: as in a step, each gathers a block at a time.
+
+    Args:
+        cfg: the settings.
+        family: the base model.
+        inputs: what it is fitted to.
+        models: by component, with their adapters in the initial state.
+        batches: numbers of the batches.
     """
     if cfg.adapter.init != "gradient" or cfg.adapter.init_from is not None:
         return
     step = partial(_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
-    fit_start(nn.ModuleList(models.values()), range(START_BATCHES), step, NAME)
+    fit_start(nn.ModuleList(models.values()), batches, step, NAME)
 
 
 def _loss(

@@ -79,7 +79,8 @@ def prepare(
     if processes.strategy == "fsdp":
         shard_denoiser(parts.denoiser, fsdp_settings(cfg), device)
     if checkpoint is None:  # else it brings the inner pairs
-        adapters.fit_inner_pairs(cfg, family, inputs, models)
+        batches = report.counted(range(common.START_BATCHES), "fitting")
+        adapters.fit_inner_pairs(cfg, family, inputs, models, batches)
     if cfg.model.compile:
         speed.compile_blocks(parts.denoiser)
     parameters = adapters.trained_parameters(models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +72,13 @@ class Report:
         """Write one event; see ``events.EventLog.write``."""
         if self._events is not None:
             self._events.write(event, step, **fields)
+
+    def counted(self, batches: Sequence[int], what: str) -> Iterator[int]:
+        """The batches, with a bar that goes when they are through."""
+        yield from tqdm(
+            batches, desc=what, unit="batch", leave=False, dynamic_ncols=True,
+            disable=self._events is None,
+        )  # fmt: skip
 
     def start_loop(self, step: int) -> None:
         """Show the bar, and measure time from here on."""
