@@ -75,13 +75,13 @@ def _ranks(args: argparse.Namespace) -> int:
 def _multi(args: argparse.Namespace) -> int:
     import json
 
-    from nora_diffusion.bench.multi import MultiPlan, run_multi
+    from nora_diffusion.bench.multi import METHOD, RATE, MultiPlan, run_multi
     from nora_diffusion.bench.ruler import Ruler
 
     ledger, name = _ledger(args), "multi-quick" if args.quick else "multi"
     plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(args.steps)
     path, save = args.out / f"{name}.json", _saver(args, name)
-    about = {**ledger.about, "steps_a_subject": plan.steps}
+    about = {**ledger.about, "steps_a_subject": plan.steps, "method": METHOD.name, "rate": RATE}
     there = json.loads(path.read_bytes())["results"] if path.is_file() else {}
     rows = there["rows"] if there.get("about") == about else []
     ruler = Ruler(ledger.work, ledger.sampling_steps, ledger.device)

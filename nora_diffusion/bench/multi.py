@@ -23,7 +23,7 @@ from nora_diffusion.train.dreambooth import train
 
 TRIGGERS = ("sks", "zwx")
 PAIRS = (("hibiscus", "poodle"), ("tropical fish", "racing car"))
-RATE = 2e-2
+METHOD, RATE = SPLIT, 2e-2
 
 Row = dict[str, Any]
 
@@ -103,10 +103,11 @@ def _trained(
     device: torch.device,
 ) -> Path:
     name = "+".join(one.name.replace(" ", "-") for one in views)
-    path = folder / f"{name}-{plan.steps}-{seed}.safetensors"
+    trained_by = METHOD.name.replace("/", "-").replace(", ", "-").replace(" ", "-")
+    path = folder / f"{name}-{trained_by}-{RATE:g}-{plan.steps}-{seed}.safetensors"
     if path.is_file():
         return path
-    method, steps = SPLIT, plan.steps * len(views)
+    steps = plan.steps * len(views)
     with tempfile.TemporaryDirectory() as temporary:
         tables: list[str] = []
         for index, (one, trigger) in enumerate(zip(views, triggers, strict=True)):
@@ -120,8 +121,8 @@ def _trained(
             "data.class_name=none",
             f"data.subjects=[{', '.join(tables)}]",
         ]
-        cfg = method_config(method, RATE, steps, seed, Path(temporary), given)
-        session = open_session(cfg, method, Path(temporary), device)
+        cfg = method_config(METHOD, RATE, steps, seed, Path(temporary), given)
+        session = open_session(cfg, METHOD, Path(temporary), device)
         train(session)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"base": "mini", "steps": steps}

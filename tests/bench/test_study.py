@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,16 @@ def test_what_is_shipped_scores_above_all_but_the_largest_lora():
     assert abs(fitted["against"]["LoRA r 16"]["score"]["mean"]) < 0.01
     assert fitted["against"]["LoRA r 16"]["text_adapted"]["high"] < 0
     assert lines[PAPER.name]["score"] < lines["LoRA r 1"]["score"]
+
+
+def test_two_seeds_differ_by_as_much_as_the_guideline_says():
+    """What docs/comparison.md says beside the grid of ranks."""
+    found = {(r["method"], r["subject"], r["seed"]): score(r) for r in recorded("methods")["rows"]}
+    first = [(method, subject) for method, subject, seed in found if seed == 0]
+    differences = [abs(found[(*one, 1)] - found[(*one, 0)]) for one in first if (*one, 1) in found]
+    assert len(differences) > 100 and statistics.median(differences) == pytest.approx(
+        0.07, abs=0.01
+    )
 
 
 def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
