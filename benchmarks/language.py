@@ -10,8 +10,8 @@ With `--answers number` a question lists its options and the answer is "answer2"
 has it; with `--answers text` it does not, and the answer is the option itself, which small models
 that cannot tell numbered options apart are able to choose by likelihood.
 
-`--full` is for a GPU: all lengths, up to 1,000 questions a set; by estimate some ten minutes of an
-H200 for six workers, who need up to 16 GB each. Without it the sizes are those of `SMALL`.
+`--full` is for a GPU: all lengths, up to 1,000 questions a set; some fifteen minutes of an H200 for
+six workers beside other work, who need up to 16 GB each. Without it the sizes are those of `SMALL`.
 Finished rows are kept in the work folder; the same command goes on from there, and Ctrl-C lets
 those in progress finish. Every row is measured in a process of its own, so that none inherits
 memory or a generator's state; with two workers, on half of the cores.
@@ -19,11 +19,9 @@ memory or a generator's state; with two workers, on half of the cores.
 
 import argparse
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import ROOT, bytes_saved, write_result
+from _language_questions import SETS, Size, read_questions
 from _language_scores import accuracies, summarise
 from accelerate.utils import send_to_device
 from peft import LoraConfig, PsoftConfig
@@ -45,7 +44,6 @@ from transformers import TrainerCallback
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.bench.parallel import side_by_side
-from nora_diffusion.data.instructions import Example, encode_messages, messages_of, read_rows
 from nora_diffusion.data.packing import Collator
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.multiple_choice import evaluate
@@ -56,8 +54,6 @@ from nora_diffusion.train.language import add_adapter, fit, training_arguments
 from nora_diffusion.train.trainer import make_trainer
 
 DATA = ROOT.parent / "shared" / "data" / "reasoning"
-PARTS = ("train.json", "test.json")
-SETS = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # the paper's
 RATES = {
     "lora": (5e-4, 2e-3, 8e-3),
@@ -78,20 +74,6 @@ PAPER = {
     "memory_percent": -20.7,
     "parameters": "4 %, whose wording does not say whether of LoRA's or fewer",
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a run of the benchmark costs."""
-
-    max_tokens: int
-    steps: int
-    batch_size: int
-    train_examples: int  # a set, at most
-    validation_questions: int  # a set, from the end of the training file
-    test_questions: int | None  # a set; None: all
-    fit_batches: int  # for the bases that are fitted to data
-    system_turn: bool  # of SmolLM2's chat template: 23 more tokens an example
 
 
 SMALL = Size(80, 60, 4, 400, 25, 400, 8, False)
@@ -298,13 +280,14 @@ class Bench:
     """The base with its data; a row starts from frozen weights that nothing has touched."""
 
     def __init__(self, benchmark: Benchmark):
-        self.size, self.data, self.rows = benchmark.size, benchmark.data, benchmark.rows
-        self.text = benchmark.text
+        self.size, self.text = benchmark.size, benchmark.text
         self.device = resolve_device(benchmark.device)
         self.tokenizer = load_tokenizer(benchmark.base)
         if not self.size.system_turn:
             self.tokenizer.chat_template = NO_SYSTEM_TURN
-        self.train, self.validation, self.test = self._read()
+        self.train, self.validation, self.test = read_questions(
+            benchmark.data, benchmark.rows, self.tokenizer, self.size, self.text
+        )
         self.base = load_model(benchmark.base, "auto", self.device)
         self.collator = Collator(
             self.tokenizer.pad_token_id, logits_to_keep=takes_logits_to_keep(self.base)
@@ -378,59 +361,6 @@ class Bench:
             return save_adapter(model, folder / "adapter.safetensors").stat().st_size
         model.save_pretrained(str(folder / "peft"), save_embedding_layers=False)
         return (folder / "peft" / "adapter_model.safetensors").stat().st_size
-
-    def _read(self) -> tuple[list[list[Example]], list[Path], list[Path]]:
-        """Training rows, and files of the validation and test questions that are short enough."""
-        size = self.size
-        train: list[list[Example]] = []
-        validation: list[Path] = []
-        test: list[Path] = []
-        for name in SETS:
-            rows, of_test = (self._rows(self.data / name / part) for part in PARTS)
-            held = self._short(rows[::-1], size.validation_questions)
-            kept = self._short(rows, size.train_examples + len(held))
-            kept = [row for row in kept if row not in held][: size.train_examples]
-            train += [[encode_messages(self.tokenizer, messages_of(row))] for row in kept]
-            of_test = self._short(of_test, size.test_questions)
-            for part, questions, files in (
-                ("validation", held, validation), ("test", of_test, test),
-            ):  # fmt: skip
-                files.append(self.rows / f"{name}-{part}.json")
-                write_atomically(files[-1], json.dumps(questions).encode())
-        return train, validation, test
-
-    def _rows(self, file: Path) -> list[dict[str, Any]]:
-        """A file's questions, in the form that is asked for."""
-        rows = read_rows(file)
-        return [with_text_answers(row) for row in rows] if self.text else rows
-
-    def _short(self, rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-        """The first rows that are not too long."""
-        short = (row for row in rows if self._length(row) <= self.size.max_tokens)
-        return list(itertools.islice(short, limit))
-
-    def _length(self, row: dict[str, Any]) -> int:
-        return len(encode_messages(self.tokenizer, messages_of(row)).ids)
-
-
-def with_text_answers(row: dict[str, Any]) -> dict[str, Any]:
-    """A question of numbered options without them, whose answer is an option's own text.
-
-    One of true or false stays as it is.
-    """
-    question, *rest = row["instruction"].split("\n\n")
-    options = [text.strip() for text in re.split(r"\bAnswer\d+: ", rest[0])[1:]]
-    if not options:
-        return row
-    right = options[int(row["answer"].removeprefix("answer")) - 1]
-    question = question.removeprefix("Please choose the correct answer to the question: ")
-    return {
-        "instruction": question,
-        "input": "",
-        "options": options,
-        "answer": right,
-        "output": right,
-    }
 
 
 class Clock(TrainerCallback):

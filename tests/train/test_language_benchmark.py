@@ -87,16 +87,18 @@ def test_no_method_leaves_a_trace_in_the_base(benchmark, tmp_path):
         assert weights_digest(base) == before, method
 
 
-def test_an_answer_can_be_the_text_of_an_option(benchmark):
+def test_an_answer_can_be_the_text_of_an_option(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with_text_answers = importlib.import_module("_language_questions").with_text_answers
     row = {
         "instruction": "Please choose the correct answer to the question: What absorbs water?\n\n"
         "Answer1: Roots Answer2: the leaves, mostly Answer3: Flowers\n\n"
         "Answer format: answer1/answer2/answer3",
         "input": "", "output": "the correct answer is answer2", "answer": "answer2",
     }  # fmt: skip
-    found = benchmark.with_text_answers(row)
+    found = with_text_answers(row)
     assert found["instruction"] == "What absorbs water?"
     assert found["options"] == ["Roots", "the leaves, mostly", "Flowers"]
     assert found["answer"] == found["output"] == "the leaves, mostly"
     yes_or_no = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
-    assert benchmark.with_text_answers(yes_or_no) == yes_or_no
+    assert with_text_answers(yes_or_no) == yes_or_no
