@@ -212,10 +212,11 @@ class Study:
             blocks = [trials[i : i + len(methods)] for i in range(0, len(trials), len(methods))]
             found = [[self.ledger.find(trial) for trial in block] for block in blocks]
             self.results["rows"] = [row for rows in found if all(rows) for row in rows if row]
+            names = [method.name for method in methods]
+            times = self.ledger.step_cpu_s(names)
             self.results["summary"] = [
-                # Of all its trainings: those on a GPU have no time of their own.
-                {**line, "step_cpu_s": self.ledger.step_cpu_s(line["method"])}
-                for line in summarise(self.results["rows"], [m.name for m in methods])
+                {**line, "step_cpu_s": times.get(line["method"])}
+                for line in summarise(self.results["rows"], names)
             ]
             self._save(self.results)
 

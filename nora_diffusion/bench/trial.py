@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
         seconds = time.process_time() - start
         size = file_bytes(session, trial.method)
     # Trainings that share a GPU disturb one another: times there say nothing.
-    cost = {"step_cpu_s": round(seconds / trial.steps, 4)}
+    cost = {"step_cpu_s": round(seconds / trial.steps, 4), "processor": _processor()}
     if ruler.device.type != "cpu":
         cost = {"device": ruler.device.type}
     for model in session.models.values():
@@ -86,6 +87,16 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
             for name, number in ruler.measure(session.family, views, trial.seed).items()
         },
     }
+
+
+def _processor() -> str:
+    """Name of the CPU: times of two kinds of it do not compare."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def open_session(
