@@ -214,19 +214,21 @@ def test_with_each_basis_the_fitted_start_scored_above_the_seeded_one():
         assert scores[fitted] > scores[seeded]
 
 
-def test_what_is_shipped_scores_above_all_but_the_largest_lora():
+def test_what_is_shipped_is_level_with_lora_r_16_and_above_its_own_size():
     """What docs/comparison.md says of the final stage."""
     lines = {line["method"]: line for line in recorded("methods")["summary"]}
-    first, second, *_ = sorted(lines, key=lambda name: -lines[name]["score"])
-    assert (first, second) == ("LoRA r 64", SPLIT.name)
+    assert {line["runs"] for line in lines.values()} == {24}
+    best = sorted(lines, key=lambda name: -lines[name]["score"])
+    assert best[:4] == ["LoRA r 64", "DoRA r 4", SPLIT.name, "LoRA r 16"]
     ours, fitted = lines[SPLIT.name], lines[FITTED.name]
-    for other in REFERENCES:
-        found = ours["against"][other]["score"]
-        assert found["low"] < 0 < found["mean"]
+    differences = {other: ours["against"][other]["score"] for other in REFERENCES}
+    assert differences["LoRA r 1"]["low"] > 0
+    assert all(differences[r]["low"] < 0 < differences[r]["mean"] for r in REFERENCES[1:])
+    assert differences["LoRA r 16"]["mean"] < 0.005
     text = ours["against"]["LoRA r 16"]["text_adapted"]
     assert text["mean"] < 0 < text["high"]
     # The largest directions in the text encoder as well: as near to the subject, with text lost.
-    assert abs(fitted["against"]["LoRA r 16"]["score"]["mean"]) < 0.01
+    assert -0.02 < fitted["against"]["LoRA r 16"]["score"]["mean"] < 0
     assert fitted["against"]["LoRA r 16"]["text_adapted"]["high"] < 0
     assert lines[PAPER.name]["score"] < lines["LoRA r 1"]["score"]
 
