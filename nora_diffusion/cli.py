@@ -12,6 +12,7 @@ from typing import Any
 
 from nora_diffusion import commands
 from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.cores import spin_briefly
 from nora_diffusion.presets import PRESETS, find_preset
 from nora_diffusion.run_command import read_command_line, settle_and_run
 from nora_diffusion.schema import get_key
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; what the user can act on ends in one message, not in a stack trace."""
     warnings.formatwarning = _as_one_line
+    spin_briefly(os.environ)  # before torch is imported
     try:
         with _terminable():
             return command(argv)

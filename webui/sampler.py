@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nora_diffusion.config import UserError
+from nora_diffusion.cores import spin_briefly
 from webui.paths import DataFolder, new_id
 from webui.protocol import (
     ORDER,
@@ -201,17 +202,14 @@ class Sampler:
     def _start(self) -> subprocess.Popen[str]:
         path = self.folder.part("logs") / "worker.log"
         full = path.exists() and path.stat().st_size > _LOG_BYTES
+        environment = os.environ | {"NORA_CACHE_DIR": str(self.folder.part("cache"))}
+        spin_briefly(environment)  # a training run may be using the cores
         with open(path, "wb" if full else "ab") as log:
             return subprocess.Popen(
                 # -P: the working folder holds what people uploaded, nothing is imported from it.
                 [sys.executable, "-P", "-m", "webui.worker", str(self.folder.root)],
                 cwd=self.folder.root,
-                env=os.environ
-                | {
-                    "NORA_CACHE_DIR": str(self.folder.part("cache")),
-                    # Threads that wait let go of their core, which a training run may be using.
-                    "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-                },
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

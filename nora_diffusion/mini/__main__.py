@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nora_diffusion.cores import spin_briefly
 from nora_diffusion.mini.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--compile", action="store_true", help="train the UNet compiled")
     args = parser.parse_args(argv)
+    spin_briefly(os.environ)  # before torch is imported
 
     if args.minutes is not None and args.minutes <= 0:
         parser.error(f"--minutes {args.minutes:g}: must be above 0")
