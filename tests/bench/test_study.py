@@ -202,6 +202,9 @@ def test_the_guideline_finds_a_planted_law():
     assert below["score"] >= -0.62  # the best is -0.59: nothing is good, one is least bad
 
 
+HOWS = ("separate", "together", "blended")
+
+
 def recorded(name):
     return json.loads((RESULTS / f"{name}.json").read_bytes())["results"]
 
@@ -241,6 +244,21 @@ def test_two_seeds_differ_by_as_much_as_the_guideline_says():
     assert len(differences) > 100 and statistics.median(differences) == pytest.approx(
         0.07, abs=0.01
     )
+
+
+def test_one_adapter_of_two_subjects_loses_less_than_two_at_once():
+    """What docs/comparison.md says of several subjects."""
+    rows = recorded("multi")["rows"]
+    runs = {how: [row for row in rows if row["how"] == how] for how in HOWS}
+    assert [len(own) for own in runs.values()] == [8, 8, 8]
+    gap, text, background = (
+        [statistics.mean(row[key] for row in own) for own in runs.values()]
+        for key in ("gap_closed", "text_adapted", "background_adapted")
+    )
+    separate, together, blended = gap
+    assert separate - together < 0.03 and blended < separate / 2
+    for kept in (text, background):
+        assert max(kept[1:]) < kept[0]
 
 
 def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
