@@ -1,6 +1,7 @@
 """The commands ``nora-dreambooth`` and ``nora``; whatever is heavy is imported inside them."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def _guard(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[st
     """Run a command; what the user can act on ends in one message, not in a stack trace."""
     warnings.formatwarning = _as_one_line
     spin_briefly(os.environ)  # before torch is imported
+    # bitsandbytes says at every import that it lacks 4-bit products on the CPU; none is used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with _terminable():
             return command(argv)
