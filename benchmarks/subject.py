@@ -84,7 +84,7 @@ def main() -> None:
                 write_result(args.name, result)
     print(json.dumps(summary, indent=2))
     if args.picture is not None:
-        heads = ["a photo", "the base", *(f"adapted: {WHERE_OF[i]}" for i in SHOWN)]
+        heads = ["a photo", "the base", *(WHERE_OF[i] for i in SHOWN)]
         contact_sheet([*shown.values()], [*shown], heads, tile_px=128).save(args.picture)
 
 
