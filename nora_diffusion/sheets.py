@@ -23,7 +23,7 @@ def contact_sheet(
     Args:
         rows: rows of pictures, of any lengths; None leaves a gap.
         row_labels: text left of each row, wrapped.
-        column_labels: text above each column.
+        column_labels: text above each column, wrapped.
         title: text above all.
         tile_px: side of a tile, into which pictures are fitted; None: their own size, between
             128 and 256.
@@ -34,15 +34,18 @@ def contact_sheet(
     gap, line = _GAP_PX, 18
     gutter = _GUTTER_PX if any(row_labels) else 0
     columns = max((len(row) for row in rows), default=0)
-    top = gap + line * (bool(title) + any(map(bool, column_labels)))
+    letters = max(4, int(tile / font.getlength("n")))
+    heads = ["\n".join(textwrap.wrap(label, letters)) for label in column_labels]
+    above = max((head.count("\n") + 1 for head in heads if head), default=0)
+    top = gap + line * (bool(title) + above)
     width = gutter + gap + columns * (tile + gap)
     sheet = Image.new("RGB", (width, top + len(rows) * (tile + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((gap, gap // 2), _drawable(title, font), fill="black", font=font)
-    for index, label in enumerate(column_labels):
-        x = gutter + gap + index * (tile + gap)
-        draw.text((x, top - line), _drawable(label, font), fill="black", font=font)
+    for index, head in enumerate(heads):
+        place = (gutter + gap + index * (tile + gap), top - line * above)
+        draw.multiline_text(place, _drawable(head, font), fill="black", font=font)
     for index, row in enumerate(rows):
         y = top + index * (tile + gap)
         if index < len(row_labels):

@@ -199,6 +199,15 @@ def test_a_sheet_takes_gaps_other_shapes_and_long_or_foreign_labels():
     assert contact_sheet([]).size[0] > 0
 
 
+def test_a_long_label_of_a_column_stays_above_it():
+    rows = [[solid("red"), solid("lime")]]
+    sheet = contact_sheet(rows, column_labels=["in the night sky above mountains", ""], tile_px=64)
+    pixels = np.asarray(sheet)
+    ys, xs = np.nonzero((pixels == (0, 255, 0)).all(axis=2))
+    above = pixels[: ys.min()]
+    assert (above[:, : xs.min()] < 128).any() and not (above[:, xs.min() :] < 128).any()
+
+
 def test_before_and_after_stand_beside_each_other():
     sheet = before_after_sheet(
         [solid("yellow")] * 5,
