@@ -6,8 +6,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nora_diffusion.bench.ruler import Ruler
+
+Rows = list[dict[str, Any]]
 
 STEPS, SAMPLING_STEPS = 100, 15
 RESULTS, TRIALS = Path("benchmarks/results"), "trials.jsonl"
@@ -73,19 +79,42 @@ def _ranks(args: argparse.Namespace) -> int:
 
 
 def _multi(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.multi import METHOD, RATE, MultiPlan, run_multi
+
+    plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(args.steps)
+    about = {"steps_a_subject": plan.steps, "method": METHOD.name, "rate": RATE}
+
+    def run(ruler: Ruler, rows: Rows, save: Callable[[Rows], None]) -> None:
+        run_multi(plan, ruler, ruler.work / "multi", rows, save)
+
+    return _go_on(args, about, run)
+
+
+def _prior(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.prior import METHOD, RATE, PriorPlan, run_prior
+
+    plan = PriorPlan(2, subjects=("cactus",)) if args.quick else PriorPlan(args.steps)
+    about = {"steps": plan.steps, "method": METHOD.name, "rate": RATE}
+    return _go_on(args, about, partial(run_prior, plan))
+
+
+def _go_on(
+    args: argparse.Namespace,
+    about: dict[str, Any],
+    run: Callable[[Ruler, Rows, Callable[[Rows], None]], object],
+) -> int:
+    """A comparison in one process, whose rows so far are in its results."""
     import json
 
-    from nora_diffusion.bench.multi import METHOD, RATE, MultiPlan, run_multi
     from nora_diffusion.bench.ruler import Ruler
 
-    ledger, name = _ledger(args), "multi-quick" if args.quick else "multi"
-    plan = MultiPlan(2, seeds=(0,)) if args.quick else MultiPlan(args.steps)
+    ledger, name = _ledger(args), f"{args.what}-quick" if args.quick else args.what
     path, save = args.out / f"{name}.json", _saver(args, name)
-    about = {**ledger.about, "steps_a_subject": plan.steps, "method": METHOD.name, "rate": RATE}
+    about = {**ledger.about, **about}
     there = json.loads(path.read_bytes())["results"] if path.is_file() else {}
     rows = there["rows"] if there.get("about") == about else []
     ruler = Ruler(ledger.work, ledger.sampling_steps, ledger.device)
-    run_multi(plan, ruler, ledger.work / "multi", rows, lambda r: save({"about": about, "rows": r}))
+    run(ruler, rows, lambda found: save({"about": about, "rows": found}))
     print(f"all numbers: {path}")
     return 0
 
@@ -168,6 +197,7 @@ COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ablation": _ablation,
     "ranks": _ranks,
     "multi": _multi,
+    "prior": _prior,
     "report": _report,
 }
 _HELP = (
@@ -175,5 +205,6 @@ _HELP = (
     "ablation: which part of NoRA does what",
     "ranks: outer and inner rank",
     "multi: several subjects in one NoRA, in one each, and blended",
+    "prior: what keeping the class costs a subject, and what it saves",
     "report: write the recorded numbers into README and docs of this checkout",
 )

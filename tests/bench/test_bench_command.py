@@ -41,3 +41,17 @@ def test_quick_methods_run_every_stage_and_are_not_repeated(packages, tmp_path, 
     trials = (tmp_path / "trials.jsonl").read_text()
     assert main(command) == 0
     assert (tmp_path / "trials.jsonl").read_text() == trials
+
+
+@pytest.mark.slow
+def test_quick_prior_measures_the_class_with_and_without(packages, tmp_path):
+    command = ["bench", "prior", "--quick", "--out", str(tmp_path)]
+    assert main(command) == 0
+    file = tmp_path / "prior-quick.json"
+    rows = json.loads(file.read_text())["results"]["rows"]
+    assert [(row["prior"], row["subject"]) for row in rows] == [
+        ("none", "cactus"), ("base_prediction", "cactus"),
+    ]  # fmt: skip
+    assert rows[0]["class_moved"] != rows[1]["class_moved"]
+    assert main(command) == 0
+    assert json.loads(file.read_text())["results"]["rows"] == rows

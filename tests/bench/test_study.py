@@ -21,6 +21,7 @@ from nora_diffusion.bench.methods import (
     lora,
     nora,
 )
+from nora_diffusion.bench.prior import PRIORS
 from nora_diffusion.bench.ranks import guideline, run_ranks
 from nora_diffusion.bench.report import write_report
 from nora_diffusion.bench.study import (
@@ -335,6 +336,8 @@ def test_the_templates_of_the_report_render_what_the_studies_give(ledger, tmp_pa
         "nearest_is_subject": 0.1,
     }  # fmt: skip
     found["multi"] = {"rows": [{"how": how, **numbers} for how in ("separate", "blended")]}
+    drift = {"class_moved": 0.3, "class_nearer_to_subject": -0.01}
+    found["prior"] = {"rows": [{"prior": p, **numbers, **drift} for p in PRIORS]}
     page = ""
     for name, result in found.items():
         for line in result.get("summary", ()):
@@ -348,6 +351,7 @@ def test_the_templates_of_the_report_render_what_the_studies_give(ledger, tmp_pa
     assert "| LoRA r 1 | - |" in text  # no difference to itself
     assert "| nothing: outer factors frozen, no inner pair |" in text
     assert "Smallest pair within 5 % of a subject's best score:" in text
+    assert "| `base_prediction` | 1 | 20.0 % | 0.500 | 90 % | 0.300 | -0.010 |" in text
     assert "| one adapter of both |" not in text and "| both adapters at once | 1 |" in text
     for name in studies:
         assert (tmp_path / f"docs/images/bench-{name}.png").stat().st_size > 10_000
