@@ -35,6 +35,7 @@ from nora_diffusion.bench.study import (
 )
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
+from nora_diffusion.sections import Train
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PLAN = Plan(steps=5, searched_on=("rooster",), subjects=SUBJECTS[:2], seeds=(0, 1))
@@ -260,6 +261,21 @@ def test_one_adapter_of_two_subjects_loses_less_than_two_at_once():
     assert separate - together < 0.03 and blended < separate / 2
     for kept in (text, background):
         assert max(kept[1:]) < kept[0]
+
+
+def test_the_prior_keeps_the_class_and_costs_the_subject():
+    """What docs/comparison.md says of it, and why the default is none."""
+    rows = recorded("prior")["rows"]
+    none, prior = ([row for row in rows if row["prior"] == name] for name in PRIORS)
+    assert len(none) == len(prior) == 8
+
+    def mean(of, key):
+        return statistics.mean(row[key] for row in of)
+
+    assert mean(prior, "class_moved") < 0.6 * mean(none, "class_moved")
+    assert mean(prior, "text_adapted") > mean(none, "text_adapted") + 0.1
+    assert mean(prior, "gap_closed") < 0.2 * mean(none, "gap_closed")
+    assert Train().prior == PRIORS[0]
 
 
 def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
