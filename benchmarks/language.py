@@ -204,6 +204,7 @@ class Benchmark:
         return {
             "validation": {f"{row['learning_rate']:g}": row["validation"] for row in tried},
             "learning_rate": best["learning_rate"],
+            "trained_parameters": best["trained_parameters"],
         }
 
     def measured(self, tasks: list[Task]) -> list[dict[str, Any]]:
@@ -256,6 +257,7 @@ class Benchmark:
                 "choice_of_bases": {b: row["validation"] for b, row in first.items()},
                 "search": searched,
                 "base_scores": accuracies(base),
+                "base_validation": base["validation"],
                 "summary": summarise(base, finals) if all(finals.values()) and finals else {},
                 "paper_against_lora_on_llama_3_8b": PAPER,
                 "rows": rows,
