@@ -13,6 +13,7 @@ PACKAGES = [name for name in ("nora_diffusion", "webui") if (ROOT / name).is_dir
 
 BASE = {
     "nora_diffusion",
+    "cores",
     "disk",
     "schema",
     "settings",
@@ -26,6 +27,7 @@ BASE = {
 
 MAY_IMPORT = {
     "nora_diffusion": {"adapter", "denoiser_hooks", "families"},  # for type checkers only
+    "cores": set(),
     "disk": set(),
     "schema": set(),
     "settings": {"schema"},
