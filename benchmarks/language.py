@@ -13,7 +13,7 @@ that cannot tell numbered options apart are able to choose by likelihood.
 
 `--full` is for a GPU: all lengths, up to 1,000 questions a set; some fifteen minutes of an H200 for
 six workers beside other work, who need up to 16 GB each. Without it the sizes are those of `SMALL`;
-a CPU that multiplies bf16 in hardware (AMX) takes a third of the time with `--dtype bf16`.
+a CPU that multiplies bf16 in hardware (AMX) is quicker with `--dtype bf16`.
 Finished rows are kept in the work folder; the same command goes on from there, and Ctrl-C lets
 those in progress finish. Every row is measured in a process of its own, so that none inherits
 memory or a generator's state; with two workers, on half of the cores.

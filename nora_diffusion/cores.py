@@ -3,7 +3,7 @@
 from collections.abc import MutableMapping
 
 SPINS = "10000"
-"""Looks at a barrier before a thread gives its core away; some 0.1 to 0.5 ms.
+"""Looks at a barrier before a thread gives its core away.
 
 libgomp, by which torch computes on Linux, looks 300,000 times. As long as all cores are free that
 is quickest. Beside another busy program the thread that is waited for has no core, and the one that

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nora_diffusion.bench.methods import SPLIT
-from nora_diffusion.bench.ruler import PHOTO_PX, Ruler
-from nora_diffusion.bench.trial import Trial, open_session, trial_config
-from nora_diffusion.mini.subjects import SUBJECTS, subject_views
-from nora_diffusion.train.dreambooth import train
+from nora_diffusion.bench.ruler import Ruler
+from nora_diffusion.bench.trial import Trial, run_trial
+from nora_diffusion.mini.subjects import SUBJECTS
 
 PRIORS = ("none", "base_prediction")
 METHOD, RATE = SPLIT, 2e-2
@@ -53,19 +50,7 @@ def run_prior(
                 if (prior, subject, seed) in done:
                     continue
                 method = replace(METHOD, nora=METHOD.nora | {"train.prior": prior})
-                found = _measured(Trial(method, subject, RATE, seed, plan.steps), ruler)
-                rows.append({"prior": prior, "subject": subject, "seed": seed, **found})
+                trial = Trial(method, subject, RATE, seed, plan.steps)
+                rows.append({"prior": prior, **run_trial(trial, ruler, drift=True)})
                 save(rows)
     return rows
-
-
-def _measured(trial: Trial, ruler: Ruler) -> Row:
-    views = subject_views(trial.subject, ruler.work, PHOTO_PX)
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = trial_config(trial, views, Path(folder))
-        session = open_session(cfg, trial.method, Path(folder), ruler.device)
-        train(session)
-    for model in session.models.values():
-        model.eval()
-    drawn = ruler.draw(session.family, views, trial.seed)
-    return {k: round(v, 5) for k, v in ruler.score(drawn, views, trial.seed).items()}

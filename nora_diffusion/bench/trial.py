@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import nn
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.bench.methods import Method
+from nora_diffusion.bench.record import cpu_name
 from nora_diffusion.bench.ruler import PHOTO_PX, TRIGGER, Ruler
 from nora_diffusion.config import DreamboothConfig, load_config
 from nora_diffusion.families import load_family
@@ -58,8 +58,11 @@ class Trial:
         }
 
 
-def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
-    """Train and measure; a training that diverges scores as one that learns nothing."""
+def run_trial(trial: Trial, ruler: Ruler, drift: bool = False) -> dict[str, Any]:
+    """Train and measure; a training that diverges scores as one that learns nothing.
+
+    With ``drift`` pictures of the class without the trigger word are drawn and scored as well.
+    """
     views = subject_views(trial.subject, ruler.work, PHOTO_PX)
     with tempfile.TemporaryDirectory() as folder:
         cfg = trial_config(trial, views, Path(folder))
@@ -72,31 +75,21 @@ def run_trial(trial: Trial, ruler: Ruler) -> dict[str, Any]:
         seconds = time.process_time() - start
         size = file_bytes(session, trial.method)
     # Trainings that share a GPU disturb one another: times there say nothing.
-    cost = {"step_cpu_s": round(seconds / trial.steps, 4), "processor": _processor()}
+    cost = {"step_cpu_s": round(seconds / trial.steps, 4), "processor": cpu_name()}
     if ruler.device.type != "cpu":
         cost = {"device": ruler.device.type}
     for model in session.models.values():
         model.eval()
+    drawn = ruler.draw(session.family, views, trial.seed, drift)
     return {
         **trial.key,
         "trained_parameters": sum(p.numel() for p in session.parameters.values()),
         "file_bytes": size,
         **cost,
         **{
-            name: round(number, 5)
-            for name, number in ruler.measure(session.family, views, trial.seed).items()
+            name: round(number, 5) for name, number in ruler.score(drawn, views, trial.seed).items()
         },
     }
-
-
-def _processor() -> str:
-    """Name of the CPU: times of two kinds of it do not compare."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def open_session(
