@@ -78,7 +78,7 @@ PAPER = {
 }
 
 
-SMALL = Size(80, 60, 8, 1000, 40, 200, 8, False)
+SMALL = Size(96, 80, 8, 1000, 40, 400, 8, False)
 FULL = Size(512, 120, 32, 10_000, 100, 1000, 16, True)
 
 

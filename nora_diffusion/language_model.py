@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,8 @@ def load_run_model(folder: Path, config: LanguageConfig, device: torch.device) -
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether a model can leave out the logits of positions that nobody asks for."""
-    return "logits_to_keep" in type(model).forward.__code__.co_varnames
+    # Of the signature: transformers wraps ``forward`` in decorators, which have code of their own.
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def _of_package(base: str) -> dict[str, str]:

@@ -232,9 +232,12 @@ class _Prefix:
             [[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device
         )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        # Not the number 1: of a slice of the hidden states the head's product copies its weight
+        # for each row, which takes most of the time on a CPU.
+        last = torch.tensor([length - 1], device=device)
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )  # fmt: skip
         return cls(out.past_key_values, mask, out.logits[:, -1].float().log_softmax(-1))
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from nora_diffusion.data.instructions import UNTRAINED, Example
 from nora_diffusion.data.packing import Collator, pack
+from nora_diffusion.language_model import takes_logits_to_keep
 from tests.tiny_language import KINDS, tiny_model
 
 
@@ -66,3 +68,13 @@ def test_logits_are_computed_where_they_are_needed_alone():
     model = tiny_model()
     width = model(**batch).logits.shape[1]
     assert width == len(batch["logits_to_keep"]) < max(len(one.ids) for one in EXAMPLES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_can_leave_out_logits_are_known(kind):
+    class Plain(nn.Module):
+        def forward(self, input_ids):
+            return input_ids
+
+    assert takes_logits_to_keep(tiny_model(kind))
+    assert not takes_logits_to_keep(Plain())

@@ -46,6 +46,18 @@ def log_likelihood(model, prompt: str, answer: str) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_head_reads_no_slice_of_the_hidden_states(tmp_path, kind):
+    """Its product would copy the head's weight for each row, five times the rest's time."""
+    model, seen = tiny_model(kind), []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    evaluate(model, TOKENIZER, write(tmp_path, SEVERAL_TOKENS), cache=False)
+    assert seen
+    assert all(hidden.is_contiguous() for hidden in seen)
+    assert seen[0].shape[1] == 1  # of the prompts, the last position alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
     [
