@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,16 @@ def trained_parameters(models: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
+def narrower_than_rank(models: dict[str, nn.Module]) -> list[str]:
+    """Modules whose smaller side is below the ``r`` that was asked for: all of it is adapted."""
+    return [
+        name
+        for model in models.values()
+        for name, layer in iter_nora_layers(model)
+        if layer.r[NAME] < layer.nora_config[NAME].r
+    ]
+
+
 def fitted_factors(models: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Outer factors that no weight yields again, as named tensors for a checkpoint."""
     return {
@@ -166,10 +177,12 @@ def add_adapter(component: str, model: Any, config: NoraConfig) -> None:
         UserError: when no module matches ``adapter.target_modules``.
     """
     try:
-        if hasattr(model, "add_adapter"):
-            model.add_adapter(config, NAME)
-        else:  # diffusers has no such method on PixArt's transformer
-            inject_adapter_in_model(config, model, NAME)
+        with warnings.catch_warnings():  # `narrower_than_rank` finds them, for the report
+            warnings.filterwarnings("ignore", message="NoRA: the ranks are lowered")
+            if hasattr(model, "add_adapter"):
+                model.add_adapter(config, NAME)
+            else:  # diffusers has no such method on PixArt's transformer
+                inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

@@ -90,10 +90,12 @@ def prepare(
     text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate
     groups = [(of_denoiser, cfg.train.learning_rate), (of_text, text_lr)]
     decay = cfg.train.ema_decay
+    narrow = adapters.narrower_than_rank(models)
     report.say(
         f"{parts.base} ({family.summary}, {str(dtype).removeprefix('torch.')} on {device}): "
-        f"{len(inputs.photos)} photos, {len(parameters) // 2} modules, "
-        f"{sum(p.numel() for p in parameters.values()):,} trained parameters"
+        f"{len(inputs.photos)} photos, {len(parameters) // 2} modules"
+        + (f" ({len(narrow)} of them narrower than r, e.g. {narrow[0]})" if narrow else "")
+        + f", {sum(p.numel() for p in parameters.values()):,} trained parameters"
         + (f", {processes}" if processes.count > 1 else "")
     )
     optimizer = make_optimizer(cfg.train, groups)

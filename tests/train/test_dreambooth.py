@@ -126,6 +126,16 @@ def test_targets_are_attention_unless_more_is_asked_for(make_config, tmp_path):
         adapted(target_modules=["no_such"])
 
 
+def test_a_module_narrower_than_r_is_told_of_and_no_warning(make_config, tmp_path, capsys, recwarn):
+    adapter = {"r": 8, "inner_r": 2, "targets": ["attention", "convolution"]}
+    prepared(make_config(adapter=adapter), tmp_path)
+    narrow = r"modules \(\d+ of them narrower than r, e\.g\. conv_\w+\), [\d,]+ trained"
+    assert re.search(narrow, capsys.readouterr().out)
+    prepared(make_config(adapter={"r": 4, "inner_r": 2}), tmp_path)
+    assert "narrower" not in capsys.readouterr().out
+    assert not [w for w in recwarn if "ranks are lowered" in str(w.message)]
+
+
 def test_text_encoder_has_its_own_rank_and_learning_rate(make_config, tmp_path):
     cfg = make_config(
         text_encoder={"train": True, "r": 6, "inner_r": 3, "learning_rate": 1e-4},
