@@ -1,6 +1,6 @@
 """What an adapter costs apart from training: adding it, inference, merging, switching.
 
-    python benchmarks/overhead.py [--cases mini sd15 ...] [--rounds 5] [--note TEXT]
+    python benchmarks/overhead.py [--cases mini sd15 ...] [--rounds 5] [--dtype bf16] [--layers N]
 
 Random weights at real shapes (mini has its own): NoRA 64/8 and LoRA r 16 on the attention
 projections. Measured for each:
@@ -14,8 +14,10 @@ projections. Measured for each:
 * bytes that the second adapter of a base adds to memory: NoRA's outer factors are shared.
 
 Without a GPU the smaller shapes run, at small inputs, and seconds are those of the process, since
-other work may use the cores: good for ratios. Writes `benchmarks/results/overhead.json` on CUDA,
-else `overhead-cpu.json`.
+other work may use the cores: good for ratios. `--layers` keeps the first N blocks of each kind of a
+transformer that a machine cannot hold whole, and the result says so. Writes
+`benchmarks/results/overhead.json` on CUDA, else `overhead-cpu.json`, with `--dtype bf16`, for a CPU
+that multiplies it in hardware, `overhead-cpu-bf16.json`.
 """
 
 import argparse
@@ -50,6 +52,7 @@ DENOISERS = {
     "flux": ("black-forest-labs/FLUX.1-dev", 64),
 }
 ON_CPU, ON_GPU = ("mini", "sd15", "smollm2_135m"), (*DENOISERS, "llama3_8b")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_SIDE, CPU_TOKENS, TOKENS = 16, 64, 512
 
 
@@ -61,6 +64,27 @@ class Subject:
     forward: Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where and how models are measured.
+
+    Attributes:
+        device: of the model.
+        dtype: of its weights.
+        layers: blocks of each kind that a transformer keeps; None: all.
+        rounds: of forward passes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layers: int | None
+    rounds: int
+
+    def __str__(self) -> str:
+        kept = "" if self.layers is None else f", {self.layers} blocks of each kind"
+        return f"{self.dtype}".removeprefix("torch.") + kept
+
+
 def adapters(targets: list[str]) -> dict[str, PeftConfig]:
     """The adapters that are compared, on the same modules."""
     return {
@@ -69,17 +93,16 @@ def adapters(targets: list[str]) -> dict[str, PeftConfig]:
     }
 
 
-def subject(case: str, device: torch.device) -> Subject:
+def subject(case: str, setting: Setting) -> Subject:
     """A model of random weights on the device; mini with its own."""
-    draw, dtype = torch.Generator().manual_seed(1), torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16
+    draw, device, dtype = torch.Generator().manual_seed(1), setting.device, setting.dtype
     if case in ("smollm2_135m", "llama3_8b"):
         folder = Path(nora_diffusion.__file__).parent / "assets" / "shapes" / case
+        config = AutoConfig.from_pretrained(folder)
+        if setting.layers is not None:
+            config.num_hidden_layers = min(setting.layers, config.num_hidden_layers)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder), dtype=dtype
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         tokens = TOKENS if device.type == "cuda" else CPU_TOKENS
         ids = torch.randint(0, 1000, (1, tokens), generator=draw).to(device)
         return Subject(model.eval(), lambda: model(input_ids=ids, use_cache=False).logits)
@@ -90,6 +113,8 @@ def subject(case: str, device: torch.device) -> Subject:
         base, side = DENOISERS[case]
         family = skeleton(base, dtype)
         side = side if device.type == "cuda" else CPU_SIDE
+        if case == "flux" and setting.layers is not None:
+            shorten(family.components.denoiser, setting.layers)
         fill(family.components.denoiser, device)
         family.components.device = device
     with torch.no_grad():
@@ -111,6 +136,13 @@ def load_or_shape(family: Any, case: str) -> Any:
         return family.encode_prompts(["a photo"])
     with LiveMemory():  # it answers for values that are not there
         return family.encode_prompts(["a photo"])
+
+
+def shorten(model: nn.Module, layers: int) -> None:
+    """Keep the first blocks of each list of them."""
+    for name, blocks in model.named_children():
+        if isinstance(blocks, nn.ModuleList):
+            setattr(model, name, blocks[:layers])
 
 
 @torch.no_grad()
@@ -153,11 +185,11 @@ def each(model: nn.Module, call: Callable[[Any], Any]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def measure(case: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(case: str, setting: Setting) -> dict[str, Any]:
     """All numbers of one model."""
-    one, watch = subject(case, device), Stopwatch(device)
+    one, watch, rounds = subject(case, setting), Stopwatch(setting.device), setting.rounds
     targets = list(attention_projections(one.model))
-    found: dict[str, Any] = {"modules": len(targets)}
+    found: dict[str, Any] = {"modules": len(targets), "setting": str(setting)}
     for name, config in adapters(targets).items():
         one.model.requires_grad_(False)
 
@@ -221,14 +253,25 @@ def inference(one: Subject, watch: Stopwatch, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = ON_GPU if device.type == "cuda" else ON_CPU
+    on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=sorted({*ON_CPU, *ON_GPU}), default=cases)
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=sorted({*ON_CPU, *ON_GPU}),
+        default=ON_GPU if on_gpu else ON_CPU,
+    )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--layers", type=int, help="first blocks of each kind that are kept")
     parser.add_argument("--note", default="", help="what a reader must know about the run")
     args = parser.parse_args()
-    results = {case: measure(case, device, args.rounds) for case in args.cases}
-    print(write_result("overhead" if device.type == "cuda" else "overhead-cpu", results, args.note))
+    setting = Setting(device, DTYPES[args.dtype], args.layers, args.rounds)
+    results = {case: measure(case, setting) for case in args.cases}
+    name = "overhead" if on_gpu else "overhead-cpu"
+    if not on_gpu and args.dtype == "bf16":
+        name += "-bf16"
+    print(write_result(name, results, args.note))
 
 
 if __name__ == "__main__":

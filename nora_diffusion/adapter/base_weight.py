@@ -53,9 +53,11 @@ def mark(layer: BaseTunerLayer) -> object:
         # Backends make a new parameter or layer when they quantise, but may repack one in place.
         return getattr(base, "weight", base)
     # The sum of the raw bits as integers: exact, on the device, and one pass over memory.
-    weight = base.weight.detach().contiguous()
-    integers = weight.flatten().view(_INTEGER_OF_SIZE[weight.element_size()])
-    return str(weight.dtype), int(integers.sum(dtype=torch.int64))
+    weight = base.weight.detach().contiguous().flatten()
+    size, together = weight.element_size(), 8 // weight.element_size()
+    if weight.numel() % together == 0 and weight.storage_offset() % together == 0:
+        size = 8  # modulo 2 ** 64, and ten times as fast on a CPU as to widen smaller ones
+    return str(weight.dtype), int(weight.view(_INTEGER_OF_SIZE[size]).sum(dtype=torch.int64))
 
 
 def is_intact(layer: BaseTunerLayer, backup: Backup) -> bool:

@@ -212,9 +212,10 @@ class NoraLayer(NoraState):
     def _plus_deltas(self, weight: Tensor, names: list[str], sign: float) -> Tensor:
         """``weight + sign * sum of updates``, summed in float32, on the base layer's device."""
         device = self.base_device()
-        total = weight.to(device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for name in names:
-            total = total + sign * self.from_matrix(self._delta_matrix(name)).to(device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(device=device, dtype=dtype, copy=True)
+        for name in names:  # in place: a merge of large weights is bound by memory
+            total.add_(self.from_matrix(self._delta_matrix(name)).to(device), alpha=sign)
         return total.to(weight.dtype)
 
     # ---- text ------------------------------------------------------------------------------------
