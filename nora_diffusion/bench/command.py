@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-STEPS, SAMPLING_STEPS = 100, 15
+STEPS, LONGER_STEPS, SAMPLING_STEPS = 100, 400, 15
 RESULTS, TRIALS = Path("benchmarks/results"), "trials.jsonl"
 
 
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="with report: change nothing, fail where they disagree"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of a training (default {STEPS})")
+    parser.add_argument(
+        "--steps", type=int, help=f"of a training (default {STEPS}; of longer {LONGER_STEPS})"
+    )
     parser.add_argument(
         "--device", default="auto", help="where to train and draw: auto, cpu or cuda"
     )
@@ -43,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run or continue one comparison."""
+    args.steps = args.steps or _usual_steps(args)
     return COMPARISONS[args.what](args)
+
+
+def _usual_steps(args: argparse.Namespace) -> int:
+    return LONGER_STEPS if args.what == "longer" else STEPS
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -69,6 +76,12 @@ def _ablation(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_ablation
 
     return _compare(args, run_ablation, Plan(args.steps))
+
+
+def _longer(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.study import Plan, run_longer
+
+    return _compare(args, run_longer, Plan(args.steps, seeds=(0,)))
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -170,7 +183,7 @@ def _saver(args: argparse.Namespace, name: str) -> Callable[[dict[str, Any]], No
     from nora_diffusion.bench.record import write_record
 
     command = f"nora bench {args.what}" + (" --quick" if args.quick else "")
-    if args.steps != STEPS:
+    if args.steps != _usual_steps(args):
         command += f" --steps {args.steps}"
 
     def save(results: dict[str, Any]) -> None:
@@ -195,6 +208,7 @@ def _table(summary: Sequence[dict[str, Any]]) -> str:
 COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "methods": _methods,
     "ablation": _ablation,
+    "longer": _longer,
     "ranks": _ranks,
     "multi": _multi,
     "prior": _prior,
@@ -203,6 +217,7 @@ COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
 _HELP = (
     "methods: NoRA's variants and PEFT's methods on eight subjects of mini",
     "ablation: which part of NoRA does what",
+    "longer: NoRA and LoRA in trainings of more steps",
     "ranks: outer and inner rank",
     "multi: several subjects in one NoRA, in one each, and blended",
     "prior: what keeping the class costs a subject, and what it saves",

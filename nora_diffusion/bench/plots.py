@@ -104,6 +104,7 @@ def plot_ranks(cells: Sequence[dict[str, Any]], path: Path) -> Path:
 PLOTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]], Path], Path]]] = {
     "methods": ("summary", plot_methods),
     "ablation": ("summary", plot_methods),
+    "longer": ("summary", plot_methods),
     "ranks": ("cells", plot_ranks),
 }
 """The plot of each comparison, and what of its results it shows."""

@@ -46,6 +46,7 @@ ABLATION = (
     SPLIT,
     lora("LoRA r 16", 16),
 )
+LONGER = (SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,23 @@ def run_ablation(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row
     The outer factors trained without an inner pair are PiSSA of NoRA's outer rank. Outer factors
     frozen without an inner pair are the base, whose numbers stand in every row.
     """
+    return _compare(ABLATION, plan, ledger, save)
+
+
+def run_longer(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
+    """What is shipped beside LoRA in trainings of more steps, each with a search of its own.
+
+    Arguments as of ``run_study``.
+    """
+    return _compare(LONGER, plan, ledger, save)
+
+
+def _compare(
+    methods: Sequence[Method], plan: Plan, ledger: Ledger, save: Callable[[Row], None]
+) -> Row:
     study = Study(plan, ledger, save)
-    study.search(ABLATION)
-    study.final(ABLATION)
+    study.search(methods)
+    study.final(methods)
     return study.results
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ from nora_diffusion.bench.ranks import guideline, run_ranks
 from nora_diffusion.bench.report import write_report
 from nora_diffusion.bench.study import (
     ABLATION,
+    LONGER,
     REFERENCES,
     Plan,
     mean_row,
     run_ablation,
+    run_longer,
     run_study,
     score,
 )
@@ -111,6 +114,14 @@ def test_the_ablation_takes_the_same_trials(ledger):
     results = run_ablation(PLAN, ledger, lambda row: None)
     assert [line["method"] for line in results["summary"]][0].startswith("outer trained")
     assert len(results["rows"]) == len(ABLATION) * 4
+
+
+def test_trainings_of_more_steps_have_a_search_of_their_own(ledger):
+    run_study(PLAN, ledger, lambda row: None)
+    results = run_longer(replace(PLAN, steps=4 * PLAN.steps), ledger, lambda row: None)
+    assert [line["method"] for line in results["summary"]] == [method.name for method in LONGER]
+    assert {row["steps"] for row in results["rows"]} == {4 * PLAN.steps}
+    assert SPLIT in LONGER and set(REFERENCES) <= {method.name for method in LONGER}
 
 
 def test_a_training_that_diverged_scores_nothing_and_counts():
@@ -287,7 +298,7 @@ def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
     assert min(score for name, score in best.items() if name not in small) > small[FITTED.name]
 
 
-@pytest.mark.parametrize("name", ["methods", "ablation", "ranks"])
+@pytest.mark.parametrize("name", ["methods", "ablation", "longer", "ranks"])
 def test_recorded_results_gave_every_method_the_same_number_of_tries(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
