@@ -108,6 +108,42 @@ def collate(items: Sequence[dict[str, Tensor]], pad_id: int, left: bool = False)
     return batch
 
 
+def with_trained_positions(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that asks for logits where some row has a trained token, and nowhere else.
+
+    A picture is hundreds of tokens, none of which is trained, and the logits of each are as many
+    numbers as the vocabulary has words.
+
+    Returns:
+        The batch with `labels` and `shift_labels` (B, K), what each of the K kept positions shall
+        predict, and `logits_to_keep` (K,).
+    """
+    targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=UNTRAINED)
+    kept = (targets != UNTRAINED).any(dim=0).nonzero().flatten()
+    targets = targets[:, kept]
+    return batch | {"labels": targets, "shift_labels": targets, "logits_to_keep": kept}
+
+
+@torch.no_grad()
+def learns_from_trained_positions(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether a model's loss of `with_trained_positions` is the cross-entropy at these positions.
+
+    Not every class takes the argument, or hands shifted labels on to its loss: a batch is tried.
+    """
+    batch, training = with_trained_positions(batch), model.training
+    model.eval()  # without dropout
+    try:
+        found = model(**batch)
+        loss = nn.functional.cross_entropy(
+            found.logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=UNTRAINED
+        )
+    except (TypeError, ValueError, RuntimeError):  # arguments or shapes that it refuses
+        return False
+    finally:
+        model.train(training)
+    return bool(torch.isclose(found.loss.float(), loss, rtol=1e-4))
+
+
 def pad_id_of(processor: Any) -> int:
     """The token id that fills up a batch."""
     tokenizer = processor.tokenizer

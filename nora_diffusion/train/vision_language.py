@@ -6,7 +6,7 @@ The loop is in ``trainer.py``; here are the data, the adapter and the evaluation
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from transformers import TrainingArguments
 from nora_diffusion.adapter import attention_projections
 from nora_diffusion.adapter.files import save_adapter
 from nora_diffusion.adapter.lora import export_lora
-from nora_diffusion.data.image_batches import Records, collate, pad_id_of
+from nora_diffusion.data.image_batches import (
+    Records,
+    collate,
+    learns_from_trained_positions,
+    pad_id_of,
+    with_trained_positions,
+)
 from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.picture_answers import ask
@@ -165,9 +171,7 @@ def train_adapter(
         **shared_arguments(config.train, folder / CHECKPOINTS, model.device),
         learning_rate=config.adapter.learning_rate,
     )
-    trainer = make_trainer(
-        adapted, data, lambda items: collate(items, pad_id_of(processor)), arguments
-    )
+    trainer = make_trainer(adapted, data, _batches(model, processor, data), arguments)
     run_loop(
         trainer, config, report, checkpoint=newest_checkpoint(folder), processes=processes,
         rate_key="adapter.learning_rate",
@@ -184,6 +188,15 @@ def train_adapter(
         _write(path, result)
     report.event("done", config.train.steps, message=f"results in {RESULTS}")
     return path
+
+
+def _batches(model: Any, processor: Any, data: Records) -> Callable[[Any], dict[str, Any]]:
+    """Makes a batch of encoded records, with logits where they are trained if the model can."""
+    pad_id = pad_id_of(processor)
+    first = {key: value.to(model.device) for key, value in collate([data[0]], pad_id).items()}
+    if learns_from_trained_positions(model, first):
+        return lambda items: with_trained_positions(collate(items, pad_id))
+    return lambda items: collate(items, pad_id)
 
 
 def _begin(config: VisionLanguageConfig, folder: Path, resume: bool) -> None:

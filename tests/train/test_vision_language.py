@@ -31,7 +31,13 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from nora_diffusion import cli
 from nora_diffusion.adapter.files import load_adapter
-from nora_diffusion.data.image_batches import Records, collate, encode
+from nora_diffusion.data.image_batches import (
+    Records,
+    collate,
+    encode,
+    learns_from_trained_positions,
+    with_trained_positions,
+)
 from nora_diffusion.data.image_instructions import read_records
 from nora_diffusion.data.instructions import UNTRAINED
 from nora_diffusion.evaluation.picture_answers import answers, matches
@@ -204,6 +210,38 @@ def test_a_batch_says_what_its_records_say_alone(shape, file):
         for row, item in enumerate(items):
             alone = model(**item).logits[0]
             assert torch.allclose(together[row, : len(alone)], alone, atol=1e-4)
+
+
+def test_logits_of_the_answers_alone_give_the_same_loss_and_gradient(shape, file):
+    model, processor = shape
+    items = [encode(processor, record) for record in read_records(file)[:3]]
+    batch = collate(items, processor.tokenizer.pad_token_id)
+    assert learns_from_trained_positions(model, batch)
+    model.requires_grad_(True).eval()
+    found = []
+    for one in (batch, with_trained_positions(batch)):
+        model.zero_grad()
+        out = model(**one)
+        out.loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((out.loss.detach(), gradient, out.logits.shape[1]))
+    model.requires_grad_(False)
+    (whole, of_whole, length), (kept, of_kept, few) = found
+    assert few < length / 2
+    torch.testing.assert_close(kept, whole)
+    torch.testing.assert_close(of_kept, of_whole, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_whose_loss_shifts_labels_itself_gets_whole_batches(shape, file):
+    model, processor = shape
+
+    class OwnLoss(torch.nn.Module):
+        def forward(self, labels, logits_to_keep=0, **inputs):
+            inputs.pop("shift_labels", None)
+            return model(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+
+    items = [encode(processor, record) for record in read_records(file)[:2]]
+    assert not learns_from_trained_positions(OwnLoss(), collate(items, 0))
 
 
 @pytest.mark.parametrize("towers", [("language",), ("vision",), ("vision", "language")])
