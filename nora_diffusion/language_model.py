@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from nora_diffusion.adapter.files import load_adapter
 from nora_diffusion.families.base import resolve_dtype
-from nora_diffusion.families.quiet import quiet_loading
+from nora_diffusion.families.quiet import quiet_loading, quiet_peft
 from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.settings import UserError, quote
 
@@ -120,7 +120,8 @@ def load_run_model(folder: Path, config: LanguageConfig, device: torch.device) -
         )
     model = load_model(config.model.base, config.model.dtype, device, config.model.quantize)
     if of_lora:
-        return PeftModel.from_pretrained(model, str(lora)).eval()
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(lora)).eval()
     load_adapter(model, native)
     return model.eval()
 

@@ -85,7 +85,7 @@ class Item:
         Raises:
             UserError: when the photo's mask cannot be used.
         """
-        mask = self.photo.open_mask()
+        mask = _open_mask(self.photo)
         if mask is None:
             return None
         cut = fit(mask, self.size(resolution_px), self.place, self.flip)
@@ -96,6 +96,11 @@ class Item:
 def _open(photo: Photo) -> Image.Image:
     # The views of a photo come one after another, and decoding a large one takes half a second.
     return photo.open()
+
+
+@lru_cache(maxsize=1)
+def _open_mask(photo: Photo) -> Image.Image | None:
+    return photo.open_mask()
 
 
 def class_prompt(class_name: str) -> str:

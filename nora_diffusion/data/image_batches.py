@@ -11,6 +11,14 @@ from nora_diffusion.data.image_instructions import Record
 from nora_diffusion.data.instructions import UNTRAINED
 from nora_diffusion.settings import UserError
 
+Span = tuple[int, int | None]
+"""Where an answer begins and ends among the tokens; None: with the last of them."""
+
+_REWRITES = (
+    "the model's chat template rewrites earlier turns, so answers cannot be told from questions; "
+    "give records of one question and one answer"
+)
+
 
 def encode(processor: Any, record: Record, with_answers: bool = True) -> dict[str, Tensor]:
     """One record as the model's inputs, each with a leading dimension of 1.
@@ -31,18 +39,28 @@ def encode(processor: Any, record: Record, with_answers: bool = True) -> dict[st
     if not with_answers:
         return _render(processor, record, n - 1, True)
     inputs = _render(processor, record, n, False)
-    ids = inputs["input_ids"]
-    labels = torch.full_like(ids, UNTRAINED)
+    return _with_labels(inputs, _answer_spans(processor, record, inputs["input_ids"]))
+
+
+def _answer_spans(processor: Any, record: Record, ids: Tensor) -> list[Span]:
+    n, spans = len(record.turns), list[Span]()
     for i in range(1, n, 2):
         before = _render(processor, record, i, True)["input_ids"].shape[1]
         last = i + 1 == n
         upto = ids if last else _render(processor, record, i + 1, False)["input_ids"]
-        if not torch.equal(upto, ids[:, : upto.shape[1]]) or before >= upto.shape[1]:
-            raise UserError(
-                "the model's chat template rewrites earlier turns, so answers cannot be told from "
-                "questions; give records of one question and one answer"
-            )
-        labels[:, before : upto.shape[1]] = ids[:, before : upto.shape[1]]
+        if not torch.equal(upto, ids[:, : upto.shape[1]]):
+            raise UserError(_REWRITES)
+        spans.append((before, None if last else upto.shape[1]))
+    return spans
+
+
+def _with_labels(inputs: dict[str, Tensor], spans: Sequence[Span]) -> dict[str, Tensor]:
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, UNTRAINED)
+    for start, end in spans:
+        if start >= (ids.shape[1] if end is None else end):
+            raise UserError(_REWRITES)
+        labels[:, start:end] = ids[:, start:end]
     return inputs | {"labels": labels}
 
 
@@ -63,25 +81,33 @@ class Records(Dataset):
 
     def __init__(self, processor: Any, records: Sequence[Record], max_length: int):
         self.processor = processor
-        lengths = [encode(processor, record, False)["input_ids"].shape[1] for record in records]
+        starts = [encode(processor, record, False)["input_ids"].shape[1] for record in records]
         # The answer's length is that of its text; the picture is in the question.
         lengths = [
-            length + len(processor.tokenizer(record.answer)["input_ids"])
-            for length, record in zip(lengths, records, strict=True)
+            start + len(processor.tokenizer(record.answer)["input_ids"])
+            for start, record in zip(starts, records, strict=True)
         ]
-        self.records = [r for r, n in zip(records, lengths, strict=True) if n <= max_length]
-        if not self.records:
+        kept = [i for i, length in enumerate(lengths) if length <= max_length]
+        if not kept:
             raise UserError(
                 f"data.max_length = {max_length}: every record is longer, up to {max(lengths)}"
             )
+        self.records = [records[i] for i in kept]
+        # To find where answers are, a record's pictures are processed again for each: once.
+        single = (i for i, record in enumerate(self.records) if len(record.turns) == 2)
+        self._spans: dict[int, list[Span]] = {i: [(starts[kept[i]], None)] for i in single}
         self.left_out = len(records) - len(self.records)
-        self.longest = max(length for length in lengths if length <= max_length)
+        self.longest = max(lengths[i] for i in kept)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return encode(self.processor, self.records[index])
+        record = self.records[index]
+        inputs = _render(self.processor, record, len(record.turns), False)
+        if index not in self._spans:
+            self._spans[index] = _answer_spans(self.processor, record, inputs["input_ids"])
+        return _with_labels(inputs, self._spans[index])
 
 
 def collate(items: Sequence[dict[str, Tensor]], pad_id: int, left: bool = False) -> dict:

@@ -151,11 +151,12 @@ class Inspection:
 
     def top(self, count: int = 10) -> list[dict[str, Any]]:
         """The directions that moved most: module, side, singular index, share of all energy."""
+        whole = max(self.energy, 1e-300)
         found = [
             {"module": module.name, "side": side, "index": index, "share": float(value)}
             for module in self.modules
             for side in ("output", "input")
-            for index, value in enumerate(module.directions(side) / max(self.energy, 1e-300))
+            for index, value in enumerate(module.directions(side) / whole)
         ]
         return sorted(found, key=lambda entry: -entry["share"])[:count]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -34,6 +35,14 @@ def quiet_loading(bars: bool = False) -> Iterator[None]:
             if library.is_progress_bar_enabled():
                 library.disable_progress_bar()
                 stack.callback(library.enable_progress_bar)
+        yield
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Drop the remark on a property that PEFT reads and transformers renames."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
 
 

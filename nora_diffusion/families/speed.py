@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_HAVE_XFORMERS = {"AttnProcessor", "AttnProcessor2_0", "JointAttnProcessor2_0"}
+"""Attention classes of diffusers that its xformers ones compute the same as."""
+
 RECOMPILE_LIMIT = 64
 """Graphs of one block's code: its widths and sizes, training and sampling, with and without the
 adapter. At torch's own limit of 8 it silently goes back to eager."""
@@ -23,11 +26,16 @@ def use_attention(denoiser: Any, kind: str, say: Callable[[str], None]) -> str:
     """
     if kind == "sdpa":
         return kind
-    processors = (getattr(module, "processor", None) for module in denoiser.modules())
+    found = [getattr(module, "processor", None) for module in denoiser.modules()]
+    processors = [processor for processor in found if processor is not None]
     try:
         if any(hasattr(processor, "_attention_backend") for processor in processors):
             denoiser.set_attention_backend(kind)
         else:  # older attention classes of diffusers: UNets, SD 3, PixArt
+            # diffusers replaces whatever it finds, Sana's linear attention too, by softmax.
+            others = {type(processor).__name__ for processor in processors} - _HAVE_XFORMERS
+            if others:
+                raise ValueError(f"there is none of the kind of {', '.join(sorted(others))}")
             denoiser.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")

@@ -21,7 +21,13 @@ from nora_diffusion.config import DreamboothConfig, UserError
 from nora_diffusion.denoiser_hooks import attach_timestep_rank, has_timestep_law, load_adapter
 from nora_diffusion.families.base import Family
 from nora_diffusion.sampling import adapter_path
-from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, derive_seed, nora_config
+from nora_diffusion.train.common import (
+    FIT_BATCHES,
+    START_BATCHES,
+    as_recomputed,
+    derive_seed,
+    nora_config,
+)
 from nora_diffusion.train.inputs import Inputs
 
 NAME = "default"
@@ -268,7 +274,9 @@ def fit_inner_pairs(
     if cfg.adapter.init != "gradient" or cfg.adapter.init_from is not None:
         return
     step = partial(_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
-    fit_start(nn.ModuleList(models.values()), batches, step, NAME)
+    together = nn.ModuleList(models.values())
+    with as_recomputed(together, cfg.train.gradient_checkpointing):
+        fit_start(together, batches, step, NAME)
 
 
 def _loss(

@@ -26,6 +26,7 @@ from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
 from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families.quiet import quiet_peft
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS, RESULTS
 from nora_diffusion.settings import UserError
@@ -201,7 +202,8 @@ def train_one(
     adapter = copy(method.adapter)
     if isinstance(adapter, NoraConfig):
         adapter.seed = seed
-    model = get_peft_model(base.model, adapter)  # pyright: ignore[reportArgumentType]
+    with quiet_peft():
+        model = get_peft_model(base.model, adapter)  # pyright: ignore[reportArgumentType]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=method.learning_rate, weight_decay=config.train.weight_decay

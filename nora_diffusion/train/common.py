@@ -54,6 +54,29 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.absmax", absmax
 
 
+@contextlib.contextmanager
+def as_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a fit recompute activations as the run's steps do, so that it needs no more memory.
+
+    Transformers recomputes only what is in training mode; dropout stays off all the same.
+
+    Args:
+        model: with gradient checkpointing enabled; it is in evaluation mode afterwards.
+        wanted: False changes nothing.
+    """
+    if not wanted:
+        yield
+        return
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 FIT_BATCHES, START_BATCHES = 32, 16
 """Batches from which a data-driven basis, and the start of the inner pairs, are fitted."""
 

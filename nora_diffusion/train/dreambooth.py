@@ -17,7 +17,7 @@ import torch
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, save_config
 from nora_diffusion.families import locate
-from nora_diffusion.families.base import resolve_device
+from nora_diffusion.families.base import Conditioning, Family, resolve_device
 from nora_diffusion.run_folder import open_folder
 from nora_diffusion.train import common, resuming
 from nora_diffusion.train.checkpoint import newest_path
@@ -149,7 +149,7 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     count = session.step * cfg.gradient_accumulation_steps + micro_step
     batch = inputs.batch(count, cfg.batch_size, processes.part)
     if session.cfg.text_encoder.train:
-        conditioning = family.encode_prompts([inputs.prompts[row] for row in batch.prompt_rows])
+        conditioning = _encode(family, inputs.prompts, batch.prompt_rows)
     else:
         conditioning = inputs.conditioning.select(batch.prompt_rows)
     conditioning = family.frame(conditioning, batch.framings)
@@ -170,6 +170,13 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     return total
 
 
+def _encode(family: Family, prompts: Sequence[str], rows: Sequence[int]) -> Conditioning:
+    """The prompts of these rows, each encoded once: most of a batch has the same."""
+    distinct = sorted(set(rows))
+    encoded = family.encode_prompts([prompts[row] for row in distinct])
+    return encoded.select([distinct.index(row) for row in rows])
+
+
 def _base_prediction_losses(
     session: Session, batch: Batch, generator: torch.Generator
 ) -> torch.Tensor:
@@ -184,7 +191,7 @@ def _base_prediction_losses(
     of_base = family.frame(inputs.class_conditioning.select(batch.class_rows), batch.framings)
     conditioning = of_base
     if session.cfg.text_encoder.train:
-        encoded = family.encode_prompts(inputs.class_prompts).select(batch.class_rows)
+        encoded = _encode(family, inputs.class_prompts, batch.class_rows)
         conditioning = family.frame(encoded, batch.framings)
     return family.loss(
         denoiser, batch.latents, conditioning, generator,

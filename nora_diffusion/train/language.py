@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import send_to_device
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils.other import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -32,6 +29,7 @@ from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.multiple_choice import Scores, evaluate, table
 from nora_diffusion.evaluation.questions import read_questions
 from nora_diffusion.families.base import resolve_device
+from nora_diffusion.families.quiet import quiet_peft
 from nora_diffusion.language_config import Adapter, LanguageConfig, Train
 from nora_diffusion.language_model import (
     ADAPTER_FILE,
@@ -46,7 +44,13 @@ from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, open_folder
 from nora_diffusion.settings import UserError, quote
-from nora_diffusion.train.common import FIT_BATCHES, START_BATCHES, adapter_tensors, nora_config
+from nora_diffusion.train.common import (
+    FIT_BATCHES,
+    START_BATCHES,
+    adapter_tensors,
+    as_recomputed,
+    nora_config,
+)
 from nora_diffusion.train.processes import Processes, join
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.trainer import (
@@ -130,7 +134,7 @@ def _run(
     rows = make_rows(cfg, encoded.examples)
     config = adapter_config(cfg.adapter, base)
     checkpoint = newest_checkpoint(folder) if resume else None
-    model = add_adapter(base, config, quantized=cfg.model.quantize != "none")
+    model = add_adapter(base, config)
     if checkpoint is None:  # else its files hold the fitted factors
         fit(model, config, rows, collator, cfg.train)
         # What was fitted on several GPUs need not agree to the last bit, nor in its signs.
@@ -173,21 +177,19 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
     return nora_config(cfg, targets, task_type="CAUSAL_LM")
 
 
-def add_adapter(
-    base: Any, config: PeftConfig, seed: int | None = None, quantized: bool = False
-) -> PeftModel:
+def add_adapter(base: Any, config: PeftConfig, seed: int | None = None) -> PeftModel:
     """The base with an adapter, ready to be trained.
+
+    A quantised base is one like others: ``prepare_model_for_kbit_training`` of PEFT would turn all
+    that is not quantised, and with it every activation, into float32.
 
     Raises:
         UserError: when no module matches ``adapter.target_modules``.
     """
-    if quantized:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     # LoRA draws its start from torch's own generator.
     torch.manual_seed(getattr(config, "seed", 0) if seed is None else seed)
     try:
-        with warnings.catch_warnings():  # PEFT looks at a property that transformers renames
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with quiet_peft():
             return cast(PeftModel, get_peft_model(base, config))
     except (TypeError, ValueError) as error:  # none found, or one that is no linear layer
         if "arget module" not in str(error):
@@ -221,31 +223,13 @@ def fit(
         batch = collator([rows[i] for i in order[start : start + cfg.batch_size]])
         return model(**send_to_device(batch, device)).loss
 
-    with _as_checkpointed(model, cfg.gradient_checkpointing):
+    if cfg.gradient_checkpointing:
+        checkpoint_gradients(model)
+    with as_recomputed(model, cfg.gradient_checkpointing):
         if getattr(config, "basis", None) in DATA_BASES:
             fit_basis(model, starts(batches), step)
         if getattr(config, "init", None) == "gradient":
             fit_start(model, starts(min(batches, START_BATCHES)), step)
-
-
-@contextmanager
-def _as_checkpointed(model: PeftModel, wanted: bool) -> Generator[None, None, None]:
-    """Gradient checkpointing as in the run's steps, so that a fit needs no more memory than these.
-
-    Transformers checkpoints only what is in training mode; dropout stays off all the same.
-    """
-    if not wanted:
-        yield
-        return
-    checkpoint_gradients(model)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    try:
-        yield
-    finally:
-        model.eval()
 
 
 def training_arguments(cfg: Train, folder: Path, device: torch.device) -> TrainingArguments:

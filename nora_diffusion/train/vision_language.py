@@ -29,6 +29,7 @@ from nora_diffusion.data.image_instructions import Record, read_records
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.picture_answers import ask
 from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families.quiet import quiet_peft
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, RESULTS, open_folder
@@ -166,7 +167,8 @@ def train_adapter(
         if processes.first:
             _write(path, result)
     targets = find_targets(model, config.adapter.towers)
-    adapted = get_peft_model(model, nora_config(config.adapter, targets))
+    with quiet_peft():
+        adapted = get_peft_model(model, nora_config(config.adapter, targets))
     arguments = TrainingArguments(
         **shared_arguments(config.train, folder / CHECKPOINTS, model.device),
         learning_rate=config.adapter.learning_rate,

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from nora_diffusion.config import UserError
+from nora_diffusion.data import images
 from nora_diffusion.data.dataset import subject_views
 from nora_diffusion.data.images import read_photos
 from nora_diffusion.data.masks import latent_weights
@@ -95,6 +96,15 @@ def test_a_mask_is_cut_and_mirrored_as_its_picture(folder):
     (wide,) = items(folder, buckets=[(32, 32), (64, 32)])
     mask = wide[0].mask(32)
     assert mask is not None and mask.shape == (32, 64)
+
+
+def test_a_mask_is_read_once_for_all_views_of_its_photo(folder, monkeypatch):
+    right_half(64, 32).save(folder / "a-mask.png")
+    (views,) = items(folder, flip=True, crop="random", seed=1)
+    read, calls = images._read_mask, []
+    monkeypatch.setattr(images, "_read_mask", lambda *a: calls.append(1) or read(*a))
+    masks = [item.mask(32) for item in views]
+    assert len(masks) > 4 and len(calls) == 1
 
 
 def test_latent_weights_are_means_of_pixels_lifted_to_the_background():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models import attention_processor
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from torch.nn import functional as F
 
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.families import speed
@@ -97,6 +100,40 @@ def test_compiled_kernels_do_what_eager_ones_do():
     expected = step(unet)
     speed.compile_blocks(unet)
     assert same(expected, step(unet), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "pixart", "sana"])
+def test_xformers_computes_what_the_model_does_or_is_not_taken(name, monkeypatch):
+    """Attention of xformers' contract takes its place; diffusers would give it to any class."""
+
+    def attention(query, key, value, attn_bias=None, op=None, scale=None, **_):
+        heads = [x.transpose(1, 2) if x.ndim == 4 else x for x in (query, key, value)]
+        found = F.scaled_dot_product_attention(*heads, attn_mask=attn_bias, scale=scale)
+        return found.transpose(1, 2) if query.ndim == 4 else found
+
+    ops = SimpleNamespace(memory_efficient_attention=attention)
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops), raising=False)
+    randn = torch.randn  # diffusers tries the kernel on the GPU
+    model, said = BASES[name][0](), []
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        on_gpu.setattr(torch, "randn", lambda *size, **_: randn(*size))
+        used = speed.use_attention(model, "xformers", said.append)
+    if name == "sana":  # linear attention
+        assert used == "sdpa" and "SanaLinearAttnProcessor2_0" in said[0]
+        return
+    assert used == "xformers" and not said
+    kinds = {type(getattr(m, "processor", None)).__name__ for m in model.modules()} - {"NoneType"}
+    assert kinds and all(kind.startswith("XFormers") for kind in kinds)
+    attn = next(m for m in model.modules() if hasattr(m, "processor"))
+    hidden = torch.randn(2, 5, attn.to_q.in_features, generator=torch.Generator().manual_seed(0))
+    other = {"encoder_hidden_states": hidden} if "Joint" in kinds.pop() else {}
+    with torch.no_grad():
+        found = attn(hidden, **other)
+        attn.set_processor(JointAttnProcessor2_0() if other else AttnProcessor2_0())
+        wanted = attn(hidden, **other)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])

@@ -129,6 +129,11 @@ def test_a_stop_is_told_and_leads_back_to_the_rest(config, tmp_path, monkeypatch
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
 
 
+def test_a_user_sees_no_remark_of_a_library_on_another(config, recwarn):
+    run(config("train.steps=1"))
+    assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
+
+
 def test_each_seed_has_a_start_of_its_own(config, monkeypatch):
     """Of NoRA as of LoRA; one seed always gives the same."""
     settings = config("few_shot.shots=[1]", "few_shot.seeds=[0, 1]", "train.steps=1")

@@ -19,7 +19,7 @@ from nora_diffusion.adapter import iter_nora_layers
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import UserError, load_config, load_run
 from nora_diffusion.events import read_events
-from nora_diffusion.train import dreambooth
+from nora_diffusion.train import adapters, dreambooth
 from nora_diffusion.train.checkpoint import newest_checkpoint
 from nora_diffusion.train.common import START_BATCHES, TrainingDiverged, TrainingInterrupted
 from nora_diffusion.train.prepare import prepare
@@ -180,6 +180,37 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(make_config, t
         grads.append({name: p.grad for name, p in session.parameters.items()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_fitted_start_recomputes_the_text_encoder_as_steps_do(make_config, tmp_path):
+    counts = []
+    for on in (False, True):
+        cfg = make_config(
+            adapter={"init": "gradient"}, text_encoder={"train": True},
+            train={"gradient_checkpointing": on},
+        )  # fmt: skip
+        session = prepared(cfg, tmp_path)
+        calls, encoder = [], session.models["text_encoder"]
+        hook = next(m for n, m in encoder.named_modules() if n.endswith("layer_norm1"))
+        hook.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        adapters.fit_inner_pairs(cfg, session.family, session.inputs, session.models, range(2))
+        counts.append(len(calls))
+        assert not encoder.training
+    assert counts[1] == 2 * counts[0] > 0
+
+
+def test_a_prompt_of_several_rows_is_encoded_once(make_config, tmp_path):
+    cfg = make_config(
+        text_encoder={"train": True}, train={"batch_size": 4, "prior": "base_prediction"}
+    )
+    session, seen = prepared(cfg, tmp_path), []
+    encoder = session.models["text_encoder"]
+    encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    dreambooth.accumulate_gradients(session, 0)
+    assert seen == [1, 1]  # of the subject, of the class
 
 
 def test_accumulation_is_the_mean_over_its_parts(make_config, tmp_path):

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from nora_diffusion import adapter_info, cli
+from nora_diffusion import adapter_info, cli, language_model
+from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from nora_diffusion.evaluation.multiple_choice import evaluate
 from nora_diffusion.events import read_events
 from nora_diffusion.language_config import LanguageConfig
@@ -213,6 +215,29 @@ def test_a_fit_has_the_gradient_checkpointing_of_the_run(make, monkeypatch):
     assert counts["checkpointed"] == 2 * counts["plain"] > 0
     for plain, checkpointed in zip(starts["plain"], starts["checkpointed"], strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_quantised_keeps_its_number_format(tmp_path, monkeypatch):
+    """As the base was loaded and is scored; float32 would double what a large vocabulary takes."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(language_model, "_check_nf4", lambda device: None)
+    sides = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64}  # of blocks of 64
+    LlamaForCausalLM(
+        LlamaConfig(**sides, num_hidden_layers=2, num_attention_heads=4)
+    ).save_pretrained(tmp_path)
+    base = language_model.load_model(str(tmp_path), "bf16", torch.device("cpu"), "nf4")
+    config = NoraConfig(r=8, inner_r=2, init="orthogonal", target_modules=["q_proj", "down_proj"])
+    model, seen = language.add_adapter(base, config), set()
+    for _, layer in iter_nora_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert seen == {torch.bfloat16}
+    assert base.get_input_embeddings().weight.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("inner" in name), name
+        if "inner_B" in name:
+            assert parameter.dtype == torch.float32 and parameter.grad.abs().sum() > 0
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(make):

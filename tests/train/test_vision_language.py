@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,23 @@ def test_the_answer_alone_is_trained(shape, file):
     assert processor.tokenizer.decode(trained).strip() == "red<|im_end|>"
     asked = encode(processor, record, with_answers=False)["input_ids"]
     assert torch.equal(asked, item["input_ids"][:, : asked.shape[1]])
+
+
+def test_a_picture_is_processed_once_each_time_it_is_asked_for(shape, file, monkeypatch):
+    _, processor = shape
+    (first, second, *_) = read_records(file)
+    two_turns = replace(first, turns=(*first.turns, *second.turns))
+    data = Records(processor, [first, two_turns], 1000)
+    wanted = [encode(processor, record) for record in data.records]
+    kind, calls = type(processor.image_processor), []
+    process = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *a, **k: calls.append(1) or process(*a, **k))
+    again = [[data[i] for i in range(2)] for _ in range(3)]
+    assert len(calls) == 3 * 2 + 3  # the answers of the second were looked for, once
+    for items in again:
+        for item, whole in zip(items, wanted, strict=True):
+            assert item.keys() == whole.keys()
+            assert all(torch.equal(item[key], whole[key]) for key in whole)
 
 
 def test_a_batch_says_what_its_records_say_alone(shape, file):
