@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModel
 
 from nora_diffusion.adapter import NoraConfig, deferred_factors, iter_nora_layers
 from nora_diffusion.adapter.components import plain_name, restored
-from nora_diffusion.config import DreamboothConfig, UserError, shipped_configs
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, shipped_configs
 from nora_diffusion.families import ASSETS, locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
 from nora_diffusion.run_config import find_config, shipped_recipes
-from nora_diffusion.settings import read_toml
+from nora_diffusion.settings import quote, read_toml
 
 LORA_RANK = 16
 """Of the LoRA whose size stands beside."""
@@ -91,8 +91,9 @@ def lines(
         modules: name every module.
 
     Raises:
-        UserError: there is no such model, or nothing in it fits ``given``.
+        UserError: there is no such model, nothing in it fits ``given``, or the ranks cannot be.
     """
+    check_ranks(r, inner_r)
     for choice in choices_of(source, parse_targets(given)):
         found = find_targets(choice, r, inner_r)
         if not found:
@@ -100,8 +101,8 @@ def lines(
             continue
         nora, lora = sum(t.nora for t in found), sum(t.lora for t in found)
         yield (
-            f"{choice.name}: {len(found)} modules, NoRA r {r} inner r {inner_r} trains {nora:,}, "
-            f"LoRA r {LORA_RANK} {lora:,}"
+            f"{choice.name}: {len(found)} modules{told_narrow(found, r)}, "
+            f"NoRA r {r} inner r {inner_r} trains {nora:,}, LoRA r {LORA_RANK} {lora:,}"
         )
         kinds: dict[str, list[Target]] = {}
         for target in found:
@@ -141,6 +142,25 @@ def choices_of(
         yield Choice(name, encoder, list(family.text_targets))
 
 
+def check_ranks(r: int, inner_r: int) -> None:
+    """Refuse an inner rank that the outer one cannot hold.
+
+    Raises:
+        UserError: naming both options.
+    """
+    if inner_r > r:
+        raise UserError(
+            f"--inner-r {inner_r}: must be at most --r {r}, the outer rank that it lies in; "
+            "raise --r or lower --inner-r"
+        )
+
+
+def told_narrow(found: Sequence[Target], r: int) -> str:
+    """How many modules cannot have rank r, where the numbers are those of a lower one; or ""."""
+    narrow = [target.name for target in found if min(target.shape) < r]
+    return f" ({len(narrow)} of them narrower than r, e.g. {narrow[0]})" if narrow else ""
+
+
 def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
     """The modules of a choice: an adapter is put on the empty model, read, and taken off again.
 
@@ -172,11 +192,25 @@ def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
 
 
 def parse_targets(given: Sequence[str]) -> Targets | None:
-    """`target_modules` from the command line; one value is an expression if no name looks so."""
+    """`target_modules` from the command line; one value is an expression if no name looks so.
+
+    Raises:
+        UserError: when it is none.
+    """
     if not given:
         return None
     only = given[0] if len(given) == 1 else ""
-    if only in _KEYWORDS or only and not re.fullmatch(r"[\w.]+", only):
+    if only in _KEYWORDS:
+        return only
+    if only and not re.fullmatch(r"[\w.]+", only):
+        try:
+            re.compile(only)
+        except re.error as error:
+            raise UserError(
+                f"--targets {quote(only)}: is no regular expression ({error}); give "
+                f"{', '.join(_KEYWORDS)}, names or endings of modules, or one expression as of "
+                "Python's re"
+            ) from None
         return only
     return list(given)
 
@@ -198,12 +232,16 @@ def _transformers_source(source: str) -> Path | None:
     """Folder or file of a transformers model; None for a base of one of the families.
 
     Raises:
-        UserError: neither of the two is there.
+        UserError: neither of the two is there, or it is a run folder.
     """
     source = "smollm2_135m" if source == "smollm2" else source  # its name in model.base
     if source in SHAPES:
         return ASSETS / "shapes" / source
     path = Path(source).expanduser()
+    if (path / RUN_CONFIG).is_file():
+        base = read_toml(path / RUN_CONFIG).get("model", {}).get("base")
+        cure = f"its base, {base}" if base else "the base it was trained on"
+        raise UserError(f'MODEL = "{source}": is the folder of a run; give {cure}')
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if path.suffix == ".gguf" and path.is_file():

@@ -111,6 +111,36 @@ def test_a_target_that_nora_cannot_adapt_is_named(bert, capsys):
     assert "word_embeddings' is a Embedding" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["targets", "plan"])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--targets", "("], '--targets "(": is no regular expression (missing ), unterminated'),
+        (["--r", "7", "--inner-r", "9"], "--inner-r 9: must be at most --r 7"),
+        (["--r", "7"], "--inner-r 8: must be at most --r 7"),
+    ],
+)
+def test_what_cannot_be_a_target_or_a_rank_is_named(bert, capsys, command, argv, message):
+    assert main([command, str(bert), *argv]) == USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["targets", "plan"])
+def test_a_run_folder_is_told_from_a_model(tmp_path, capsys, command):
+    (tmp_path / "config.toml").write_text('[model]\nbase = "mini"\n')
+    assert main([command, str(tmp_path)]) == USER_ERROR
+    assert f'"{tmp_path}": is the folder of a run; give its base, mini' in capsys.readouterr().err
+
+
+def test_modules_that_cannot_have_the_rank_are_told(bert, capsys):
+    assert "attention: 8 modules, NoRA r 32" in shown(capsys, str(bert), "--r", "32")
+    out = shown(capsys, str(bert), "--r", "40")
+    assert "attention: 8 modules (8 of them narrower than r, e.g. bert.enc" in out
+    assert main(["plan", str(bert), "--r", "40", "--lora-xs-r", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "8 of 8 modules are narrower than r 40 of NoRA" in told and "of LoRA" not in told
+
+
 def test_looking_leaves_a_model_as_it_was():
     from nora_diffusion.targets import Choice, find_targets
 

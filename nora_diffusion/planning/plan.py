@@ -17,7 +17,14 @@ from nora_diffusion.adapter.factors import factorise_flops
 from nora_diffusion.families.base import DTYPES
 from nora_diffusion.planning.methods import TRAINED_BYTES, Counted, Method, adapted, count, methods
 from nora_diffusion.planning.steps import StepBytes, inputs_of, run_step
-from nora_diffusion.targets import Choice, Target, choices_of, find_targets, parse_targets
+from nora_diffusion.targets import (
+    Choice,
+    Target,
+    check_ranks,
+    choices_of,
+    find_targets,
+    parse_targets,
+)
 from nora_diffusion.train.live_memory import bytes_of
 
 _CALIBRATION = 2048
@@ -124,8 +131,10 @@ def make_plan(source: str, asked: Request) -> Plan:
     """Plan all methods on one model, without loading weights.
 
     Raises:
-        UserError: there is no such model, or nothing in it fits the targets.
+        UserError: there is no such model, nothing in it fits the targets, or the inner rank is
+            above the outer one.
     """
+    check_ranks(asked.r, asked.inner_r)
     given = parse_targets(asked.targets)
     (choice,) = choices_of(source, given, DTYPES[asked.dtype])
     choice.model.requires_grad_(False)

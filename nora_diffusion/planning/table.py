@@ -108,6 +108,14 @@ def _notes(plan: Plan, speed: Speed) -> Iterator[str]:
     else:
         reasons = dict.fromkeys(row.step for row in plan.rows if isinstance(row.step, str))
         yield f"  a step is unknown: {'; '.join(reasons)}"
+    for row in plan.rows:
+        narrow = [t.name for t in plan.targets if min(t.shape) < row.method.r]
+        if narrow and row.method.name != "LoRA":  # whose rank may be above a weight's
+            yield (
+                f"  {len(narrow)} of {len(plan.targets)} modules are narrower than r "
+                f"{row.method.r} of {row.method.name}, e.g. {narrow[0]}: their numbers are those "
+                "of the rank that they have"
+            )
     yield (
         f"  factorisation time: an estimate for {speed.cores} core(s) of this machine, from one "
         f"weight at {speed.flops / 1e9:.1f} GFLOP/s; a core holds up to "
