@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor
 
 #: Part of the folder's name; raised whenever `factorise` may return other numbers than before.
 ALGORITHM_VERSION = 1
+_LOCK = threading.Lock()
+_TOLD: set[Path] = set()  # folders that could not be written, and were warned of
 _TENSORS = ("outer_B", "outer_A", "singular_values")
 
 
@@ -102,9 +105,9 @@ def cached_factors(fingerprint: str, r: int, basis: str, seed: int) -> Factors |
 
 
 def store(factors: Factors, r: int, basis: str, seed: int) -> None:
-    """Write factors to the cache; a cache that cannot be written is only warned about."""
-    path = _entry(factors.fingerprint, r, basis, seed)
-    if path is None:
+    """Write factors to the cache; one that cannot be written is warned about once a process."""
+    path, folder = _entry(factors.fingerprint, r, basis, seed), cache_dir()
+    if path is None or folder is None:
         return
     tensors = {name: getattr(factors, name).cpu() for name in _TENSORS}
     try:
@@ -120,11 +123,15 @@ def store(factors: Factors, r: int, basis: str, seed: int) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        warnings.warn(
-            f"cannot cache factors in {path.parent} ({error}); set NORA_CACHE_DIR to a writable "
-            "folder, or to nothing to do without the cache",
-            stacklevel=2,
-        )
+        with _LOCK:  # factors are stored from several threads
+            told = folder in _TOLD
+            _TOLD.add(folder)
+        if not told:
+            warnings.warn(
+                f"cannot cache factors in {folder} ({error.strerror}); set NORA_CACHE_DIR to a "
+                "writable folder, or to nothing to do without the cache",
+                stacklevel=2,
+            )
 
 
 def _entry(fingerprint: str, r: int, basis: str, seed: int) -> Path | None:

@@ -14,6 +14,8 @@ from nora_diffusion.config import UserError
 from nora_diffusion.data.dataset import Item
 from nora_diffusion.disk import write_atomically
 
+_TOLD: set[Path] = set()  # folders that could not be written, and were warned of
+
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -91,11 +93,14 @@ def _save(path: Path, latent: torch.Tensor) -> None:
     try:
         write_atomically(path, save({"latent": latent, "digest": _digest(path.name, latent)}))
     except OSError as error:  # a full or read-only disk: the run can go on
-        warnings.warn(
-            f"encoded pictures are not kept in {path.parent} ({error.strerror}); set "
-            "NORA_CACHE_DIR to a folder that can be written",
-            stacklevel=3,
-        )
+        folder = path.parent
+        if folder not in _TOLD:  # once is enough for however many photos
+            _TOLD.add(folder)
+            warnings.warn(
+                f"encoded pictures are not kept in {folder} ({error.strerror}); set "
+                "NORA_CACHE_DIR to a folder that can be written",
+                stacklevel=3,
+            )
 
 
 def _digest(name: str, latent: torch.Tensor) -> torch.Tensor:

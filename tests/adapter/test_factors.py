@@ -247,8 +247,12 @@ def test_the_cache_can_be_switched_off_or_unwritable(tmp_path, monkeypatch):
     assert cached_factors(fingerprint(weight), 4, "weight", 0) is None
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("NORA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="NORA_CACHE_DIR"):
+    with pytest.warns(UserWarning) as told:
         assert difference(factorise(weight, 4), factors) == 0
+        factorise(matrix(20, 20, seed=1), 4)  # whose entry is in another sub-folder
+    (warning,) = told
+    assert f"in {tmp_path / 'file'} (" in str(warning.message)
+    assert "NORA_CACHE_DIR" in str(warning.message)
 
 
 def test_two_threads_at_once_leave_the_thread_count_as_it_was():

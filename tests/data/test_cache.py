@@ -1,5 +1,6 @@
 """Encoded pictures: each once, never another run's, never a torn file."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,16 @@ def test_a_disk_that_takes_no_files_costs_only_a_warning(items, tmp_path):
             items, Encoder(), resolution_px=16, model=MODEL, folder=Path(blocked) / "cache"
         )
     assert len(latents) == 2
+
+
+def test_a_disk_that_takes_no_files_is_warned_of_once(items, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            encode_items(items, Encoder(), resolution_px=16, model=MODEL, folder=folder)
+    assert len(told) == 1 and str(folder) in str(told[0].message)
 
 
 def not_finite(pixels):
