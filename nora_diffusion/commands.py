@@ -12,11 +12,12 @@ from typing import Any
 
 from nora_diffusion import __version__
 from nora_diffusion.bench import command as bench
-from nora_diffusion.config import DreamboothConfig, UserError
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError
 from nora_diffusion.presets import PRESETS
 from nora_diffusion.run_command import read_command_line, settle_and_run
+from nora_diffusion.run_folder import check_out
 from nora_diffusion.schema import list_keys
-from nora_diffusion.settings import part_overrides, to_toml
+from nora_diffusion.settings import part_overrides, quote, to_toml
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 
@@ -211,9 +212,8 @@ def _add_campaign(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--retries",
-        type=int,
+        type=_retries,
         default=2,
-        choices=range(100),
         metavar="N",
         help="further attempts after a crash (default 2); none after an error in the settings",
     )
@@ -236,6 +236,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _retries(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 99:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 to 99")
     return value
 
 
@@ -285,6 +292,7 @@ def _vlm(argv: Sequence[str]) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from nora_diffusion.sampling import sample_to_folder
 
+    _check_prompts(args.prompts)
     files = sample_to_folder(
         args.source,
         args.prompts,
@@ -305,11 +313,36 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse a second adapter, which would silently be drawn as a prompt.
+
+    Raises:
+        UserError: naming it.
+    """
+    from nora_diffusion.adapter.loading import FILE_NAMES
+
+    for prompt in prompts:
+        path = Path(prompt)
+        try:
+            is_folder = any((path / name).is_file() for name in (RUN_CONFIG, *FILE_NAMES))
+            is_file = path.suffix == ".safetensors" and path.is_file()
+        except OSError:  # too long for a name, as prompts are
+            continue
+        if is_folder or is_file:
+            what = "the folder of a run or an export" if is_folder else "an adapter file"
+            raise UserError(
+                f"PROMPT = {quote(prompt)}: is {what}; nora sample draws with one adapter, its "
+                "first argument. For another give the command again; to blend several use nora "
+                "webui, or load_adapter with an adapter_name for each (docs/formats.md)"
+            )
+
+
 def _eval(args: argparse.Namespace) -> int:
     from nora_diffusion.evaluation.eval_run import Options, evaluate_run
 
     source = Path(args.source).expanduser()
     out = args.out or (source if source.is_dir() else source.parent) / "eval"
+    out = out.expanduser()
     page = evaluate_run(
         Options(
             source, out, args.prompts, args.photos, args.held_out, tuple(args.backend), args.n,
@@ -330,9 +363,12 @@ def _export(args: argparse.Namespace) -> int:
     base = args.base or adapter_info(path)["base"]
     if not base:
         raise UserError(f"{path}: it does not name its base model; give one with --base")
+    out = Path(args.out).expanduser()
+    one_file = args.layout != "peft" or out.suffix == ".safetensors"
+    check_out(out, out.parent if one_file else out)
     try:
-        print(export_lora(path, args.out, args.layout, base, DTYPES.get(args.dtype)))
-    except ValueError as error:  # a layout that has no names for this model
+        print(export_lora(path, out, args.layout, base, DTYPES.get(args.dtype)))
+    except ValueError as error:  # a layout that has no names for this model, a name for a file
         raise UserError(str(error)) from error
     return 0
 
@@ -365,6 +401,8 @@ def _targets(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from nora_diffusion.evaluation.inspection_command import show
 
+    if args.out is not None:
+        check_out(args.out)
     return show(args)
 
 
@@ -380,6 +418,7 @@ def _campaign(args: argparse.Namespace) -> int:
     from nora_diffusion.campaign.summary import show_table, start_summary
 
     out = Path(args.out).expanduser().resolve()
+    check_out(out)
     runs = read_table(args.table, args.config, args.overrides, args.preset, out)
     if args.dry_run:
         print(show_table(start_summary(runs, out), out))

@@ -1,8 +1,10 @@
 """Writing files: readers see a whole one or none, and an error names the file."""
 
+import errno
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,27 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether a folder can be made and written, and leave nothing behind.
+
+    Raises:
+        OSError: what making or writing it would raise, with the path that stands in the way.
+    """
+    there = folder
+    while True:
+        try:
+            there.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):  # of the latter the file is further up
+            if there == there.parent:  # the working folder has been removed
+                raise
+            there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file", str(there))
+    with naming(there), tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def is_temporary(path: Path) -> bool:

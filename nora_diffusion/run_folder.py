@@ -1,9 +1,9 @@
-"""Whether a folder can take a run, and making it."""
+"""Whether a folder can take a run or other results, and making that of a run."""
 
 import shlex
 from pathlib import Path
 
-from nora_diffusion.disk import is_temporary, remove_temporaries
+from nora_diffusion.disk import check_writable, is_temporary, remove_temporaries
 from nora_diffusion.events import read_events
 from nora_diffusion.run_config import RUN_CONFIG
 from nora_diffusion.settings import UserError, quote
@@ -48,6 +48,28 @@ def check_free(
         f"{shown}: already holds a run; continue it with "
         f"{command} --resume {shlex.quote(str(folder))}, or give another --output.dir"
     )
+
+
+def check_out(out: str | Path, folder: Path | None = None) -> None:
+    """Refuse, before any work is done, a place for results that cannot be written.
+
+    Args:
+        out: the value of ``--out``, for messages.
+        folder: where files will go; None: ``out`` itself. Nothing is made.
+
+    Raises:
+        UserError: naming ``--out`` and what stands in the way.
+    """
+    out = Path(out).expanduser()
+    try:
+        check_writable(out if folder is None else folder)
+    except NotADirectoryError as error:
+        what = "is a file" if Path(error.filename) == out else f"{error.filename} is a file"
+        raise UserError(f"--out {out}: {what}; give another place") from None
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); give another place"
+        ) from None
 
 
 def open_folder(folder: Path, resume: bool, command: str = "nora-dreambooth") -> None:

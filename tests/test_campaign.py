@@ -80,7 +80,10 @@ def test_all_problems_of_all_lines_are_told_at_once_and_nothing_starts(tmp_path,
         ("", [], "is empty"),
         ("subject,class_name\n", [], "no line below the header"),
         ("subject;class_name\nx;dog\n", [], "parted by commas"),
-        ("subject,class_name,train.stpes\nx,dog,4\n", [], '"train.stpes": unknown'),
+        ("subject\tclass_name\nx\tdog\n", [], "parted by commas, not by tabs"),
+        ("subject,class_name,train.stpes\nx,dog,4\n", [],
+         '"train.stpes": unknown; did you mean train.steps?'),
+        ("Subject,class_name\nx,dog\n", [], '"Subject": unknown; did you mean subject?'),
         ("data.subject,class_name\nx,dog\n", [], "call it subject"),
         ("subject,class_name\nx,dog,a,b\n", [], "line 2: 4 cells, but 2 columns"),
         ("subject,class_name\nx,dog\n", ["--data.subject", "y"], "give it in the column subject"),
@@ -93,6 +96,35 @@ def test_what_is_wrong_with_the_whole_table_is_told_once(tmp_path, capsys, text,
     path.write_text(text, encoding="utf-8")
     told = refused(capsys, str(path), *flags)
     assert told.count(message) == 1 and "line 2: subject" not in told
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "a.log", "A.LOG"])
+def test_a_name_that_a_file_of_the_campaign_has_is_refused(tmp_path, capsys, name):
+    path = table(
+        tmp_path / "s.csv", "subject,class_name,name", f"{PHOTOS},toy,a", f"{PHOTOS},toy,{name}"
+    )
+    told = refused(capsys, str(path), "--out", str(tmp_path / "out"), "--dry-run")
+    assert f'line 3: name = "{name}": the campaign keeps summary.csv and a log NAME.log' in told
+
+
+def test_a_folder_of_photos_called_as_a_log_needs_a_name(tmp_path, capsys):
+    shutil.copytree(PHOTOS, tmp_path / "x.log")
+    path = table(tmp_path / "s.csv", "subject,class_name", f"{tmp_path / 'x.log'},toy")
+    assert 'line 2: name = "x.log": the campaign keeps' in refused(capsys, str(path))
+    path = table(tmp_path / "s.csv", "subject,class_name,name", f"{tmp_path / 'x.log'},toy,x")
+    assert [run.name for run in read_table(path, "mini", [], None, tmp_path / "out")] == ["x"]
+
+
+def test_a_line_of_spaces_is_an_empty_line(tmp_path):
+    path = table(tmp_path / "s.csv", "  ", "subject,class_name", "   ", f"{PHOTOS},toy", " , ")
+    (run,) = read_table(path, "mini", [], None, tmp_path / "out")
+    assert run.line == 4
+
+
+def test_retries_below_zero_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["campaign", "s.csv", "--retries", "-1"])
+    assert "--retries: -1: must be 0 to 99" in capsys.readouterr().err
 
 
 def test_a_cell_goes_before_the_command_line_and_an_empty_one_changes_nothing(tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nora_diffusion.campaign import worker
-from nora_diffusion.campaign.subjects import SubjectRun
+from nora_diffusion.campaign.subjects import LOG, SubjectRun
 from nora_diffusion.campaign.summary import Progress, show_table, start_summary, write_summary
 from nora_diffusion.config import UserError
 
@@ -71,7 +71,8 @@ def run_campaign(runs: Sequence[SubjectRun], options: Options) -> bool:
     with _only_campaign(options.out):
         table = start_summary(runs, options.out)
         left = [one for one in table if one.status == "waiting"]
-        told = f"{len(table)} subjects, {len(table) - len(left)} done before"
+        subjects = "1 subject" if len(table) == 1 else f"{len(table)} subjects"
+        told = f"{subjects}, {len(table) - len(left)} done before"
         _say(f"{told}; logs and {write_summary(table, options.out).name} are in {options.out}")
         if left:
             with _session(options.out) as session, _cluster(options.address) as ray:
@@ -107,7 +108,8 @@ def _work(
                 _say(_state(flying.values(), len(waiting)))
     except KeyboardInterrupt:
         session.unlink(missing_ok=True)
-        _say(f"\nstopping; {len(flying)} runs save or are not begun (Ctrl-C again: do not wait)")
+        runs = "1 run" if len(flying) == 1 else f"{len(flying)} runs"
+        _say(f"\nstopping; waiting for {runs} to save, if begun (Ctrl-C again: do not wait)")
         while flying:
             for ref in ray.wait(list(flying), num_returns=1)[0]:
                 _stop(flying.pop(ref), _outcome(ray, ref))
@@ -124,7 +126,7 @@ def _job(run: SubjectRun, session: Path, options: Options) -> worker.Job:
         argv=(options.config, *preset, "--resume", str(run.folder), *run.overrides),
         cwd=Path.cwd(),
         folder=run.folder,
-        log=options.out / f"{run.name}.log",
+        log=options.out / f"{run.name}{LOG}",
         lock=options.out / f".{run.name}.lock",
         session=session,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,10 @@ from nora_diffusion.settings import (
 
 ADAPTER = "adapter.safetensors"
 EVENTS = "events.jsonl"
+SUMMARY = "summary.csv"
+LOG = ".log"
+"""Ending of the file beside a run folder that its output goes to."""
+
 COLUMNS = {"subject": "data.subject", "class_name": "data.class_name", "trigger": "data.trigger"}
 """Short names of columns, and the keys they stand for."""
 
@@ -109,7 +114,8 @@ def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ConfigError(["is not UTF-8 text; save it as CSV UTF-8"], str(path)) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        lines = [(line, row) for line, row in lines if any(row)]
     except csv.Error as error:
         raise ConfigError([f"line {reader.line_num}: is not CSV: {error}"], str(path)) from None
     header = lines[0][1] if lines else []
@@ -128,10 +134,11 @@ def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _header_problems(header: Sequence[str]) -> list[str]:
+    for mark, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and mark in header[0]:
+            return [f"line 1: columns are parted by commas, not by {called}; save it as CSV so"]
     known = {key.name for key in list_keys(DreamboothConfig)}
     problems = [f"line 1: no column {name}" for name in NEEDED if name not in header]
-    if len(header) == 1 and ";" in header[0]:
-        problems.append("line 1: columns are parted by commas, not by semicolons")
     for column in dict.fromkeys(header):
         short = next((name for name, key in COLUMNS.items() if key == column), None)
         if header.count(column) > 1:
@@ -141,10 +148,10 @@ def _header_problems(header: Sequence[str]) -> list[str]:
         elif column == "output.dir":
             problems.append("line 1: column output.dir: give a name; the folder is --out/name")
         elif column not in known and column not in (*COLUMNS, "name"):
-            problems.append(
-                f"line 1: column {quote(column)}: unknown; allowed are "
-                f"{', '.join(COLUMNS)}, name and any section.key of docs/config.md"
-            )
+            near = difflib.get_close_matches(column.lower(), [*COLUMNS, "name", *known], n=1)
+            allowed = f"{', '.join(COLUMNS)}, name and any section.key of docs/config.md"
+            cure = f"did you mean {near[0]}?" if near else f"allowed are {allowed}"
+            problems.append(f"line 1: column {quote(column)}: unknown; {cure}")
     return problems
 
 
@@ -166,6 +173,11 @@ def _check_line(
     if not _NAME.fullmatch(name) and "subject" in cells:
         problems.append(
             f"name = {quote(name)}: must be letters, digits, _, - and ., as it names a folder"
+        )
+    if name.lower() == SUMMARY or name.lower().endswith(LOG):
+        problems.append(
+            f"name = {quote(name)}: the campaign keeps {SUMMARY} and a log NAME{LOG} for each run "
+            "beside the run folders; give another one in a column name"
         )
     if "subject" in cells:
         try:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nora_diffusion.campaign.subjects import ADAPTER, EVENTS, SubjectRun
+from nora_diffusion.campaign.subjects import ADAPTER, EVENTS, SUMMARY, SubjectRun
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.events import read_events
 
-FILE = "summary.csv"
 COLUMNS: tuple[str, ...] = (
     "name", "subject", "class_name", "status", "steps", "last_loss", "seconds", "attempts",
     "adapter", "message",
@@ -69,7 +68,7 @@ class Progress:
 def start_summary(runs: Sequence[SubjectRun], out: Path) -> list[Progress]:
     """The runs as a campaign finds them; attempts and seconds are added to those of the file."""
     try:
-        text = (out / FILE).read_text(encoding="utf-8")
+        text = (out / SUMMARY).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
     before = {row.get("name"): row for row in csv.DictReader(io.StringIO(text, newline=""))}
@@ -96,7 +95,7 @@ def _number(text: str | None) -> float:
 
 def write_summary(table: Sequence[Progress], out: Path) -> Path:
     """Write ``summary.csv``, atomically; returns its path."""
-    path = out / FILE
+    path = out / SUMMARY
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
