@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nora_diffusion.adapter.files import adapter_info
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import RUN_CONFIG, UserError, fill_prompt, load_run
-from nora_diffusion.data.images import read_image, read_photos
+from nora_diffusion.data.images import Photo, read_image, read_photos
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.backends import load_backend
 from nora_diffusion.evaluation.eval_report import write_report
@@ -26,6 +26,7 @@ from nora_diffusion.evaluation.prompts import PROMPTS, without_trigger
 from nora_diffusion.evaluation.protocol import Pictures, measure
 from nora_diffusion.families import built_in_version
 from nora_diffusion.families.base import Family, resolve_device
+from nora_diffusion.run_folder import check_out
 from nora_diffusion.sampling import (
     adapter_path,
     load_adapted,
@@ -90,8 +91,9 @@ def evaluate_run(options: Options) -> Path:
         The HTML page; ``eval.json`` and ``eval.md`` lie beside it.
 
     Raises:
-        UserError: when adapter, photos, prompts or a backend cannot be had, or the folder holds an
-            evaluation with other settings.
+        UserError: when adapter, photos, prompts or a backend cannot be had, a held-out photo is a
+            training photo, or the folder holds an evaluation with other settings or cannot be
+            written.
         AdapterFileError: when the adapter does not fit the base.
     """
     path = adapter_path(options.source)
@@ -99,8 +101,11 @@ def evaluate_run(options: Options) -> Path:
     trigger, class_name = _subject(info, path, options.trigger)
     base = options.base or info["base"] or ""
     prompts = read_prompts(options.prompts or default_prompts(base, class_name))
-    training = _photos(options.photos or _run_photos(path, trigger), "--photos")
-    held_out = [] if options.held_out is None else _photos(options.held_out, "--held-out")
+    trained_on = _photos(options.photos or _run_photos(path, trigger), "--photos")
+    others = [] if options.held_out is None else _photos(options.held_out, "--held-out")
+    _check_held_out(others, trained_on)
+    training, held_out = ([read_image(p.path) for p in found] for found in (trained_on, others))
+    check_out(options.out)
     device = resolve_device(options.device)
     offline, online = ("effnet", "mini_clip"), ("dino", "clip")
     names = options.backends or (offline if built_in_version(base) else online)
@@ -191,8 +196,24 @@ def _run_photos(path: Path, trigger: str) -> Path:
     return Path(next(one.path for one in subjects if one.trigger == trigger))
 
 
-def _photos(folder: Path, key: str) -> list[Image.Image]:
-    return [read_image(photo.path) for photo in read_photos(folder, key, limit=None)[0]]
+def _photos(folder: Path, key: str) -> list[Photo]:
+    return read_photos(folder, key, limit=None)[0]
+
+
+def _check_held_out(held_out: Sequence[Photo], training: Sequence[Photo]) -> None:
+    """Refuse photos that would make held-out scores scores on the training photos.
+
+    Raises:
+        UserError: naming them.
+    """
+    known = {photo.digest: photo.path for photo in training}
+    if same := [photo for photo in held_out if photo.digest in known]:
+        named = ", ".join(f"{p.path.name} ({known[p.digest]})" for p in same[:8])
+        more = f" and {len(same) - 8} more" if len(same) > 8 else ""
+        raise UserError(
+            f"--held-out {same[0].path.parent}: {len(same)} of its {len(held_out)} photos are "
+            f"training photos: {named}{more}; give photos that were not trained on"
+        )
 
 
 def _open_folder(out: Path, settings: dict[str, Any]) -> None:

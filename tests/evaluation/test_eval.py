@@ -188,6 +188,24 @@ def test_of_several_subjects_one_is_chosen():
     assert _subject(about | {"metadata": {"subjects": both}}, Path("a"), "zwx") == ("zwx", "mug")
 
 
+def test_held_out_photos_that_were_trained_on_are_refused(command, tmp_path, capsys):
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    training = sorted((ROOT / "sample_data" / "subject").glob("*.jpg"))
+    (held_out / "copy.jpg").write_bytes(training[0].read_bytes())
+    Image.new("RGB", (64, 64)).save(held_out / "new.png")
+    assert main([*command, "--held-out", str(held_out)]) == 2
+    err = capsys.readouterr().err
+    assert f"--held-out {held_out}: 1 of its 2 photos are training photos: copy.jpg" in err
+    assert training[0].name in err and not (tmp_path / "eval").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(command, tmp_path, capsys):
+    (tmp_path / "eval").touch()
+    assert main(command) == 2
+    assert f"--out {tmp_path / 'eval'}: is a file" in capsys.readouterr().err
+
+
 def test_an_adapter_alone_needs_its_photos(command, capsys):
     at = command.index("--photos")
     assert main([*command[:at], *command[at + 2 :]]) == 2
