@@ -17,7 +17,7 @@ from . import header, lora_file
 from .components import components_of, match_components, restored
 from .header import AdapterFileError
 from .keys import Dialect
-from .loading import LORA_FILE, OtherBaseError, add_native, find_file, open_base
+from .loading import FILE_NAMES, LORA_FILE, OtherBaseError, add_native, find_file, open_base
 from .lora_file import LAYOUTS, Pairs
 from .native import (
     NativeAdapter,
@@ -32,6 +32,7 @@ __all__ = ["LAYOUTS", "export_lora"]
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _ADAPTER_NAME = "nora_export"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Class of the transformer to its names in modelspec and in kohya's metadata. The programs that have
 # names for the last four do not agree on them; these are the plain ones.
 _TRANSFORMERS = {
@@ -72,17 +73,18 @@ def export_lora(
 
     Raises:
         ValueError: an unknown layout or dtype, a layout without names for this model, or an `out`
-            that would overwrite the adapter itself or is a folder where a file is written.
+            that would overwrite the adapter itself, is a folder where a file is written, or a file
+            whose name does not end in `.safetensors`.
         AdapterFileError: the file is damaged, or does not fit the base.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: use one of {', '.join(LAYOUTS)}")
     header.check_dtype(dtype)
-    path, out = find_file(Path(path)), Path(out)
+    path, out = find_file(Path(path)), Path(out).expanduser()
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
     if fields is None or fields["kind"] != "native":
-        raise AdapterFileError(f"{path}: not a native adapter; give the file of save_adapter")
+        raise AdapterFileError(_not_native(path, fields))
     adapter = parse_native(path, contents, fields)
     _check_exportable(path, adapter)
     _check_out(path, out, layout, list(adapter.components))
@@ -119,6 +121,14 @@ def _check_exportable(path: Path, adapter: NativeAdapter) -> None:
             )
 
 
+def _not_native(path: Path, fields: dict[str, Any] | None) -> str:
+    if fields is None:
+        return f"{path}: was not written by nora-diffusion; give an {FILE_NAMES[0]} of it"
+    run = path.with_name(FILE_NAMES[0])
+    cure = f"give that, {run}" if run.is_file() else f"give that, the {run.name} of its run"
+    return f"{path}: is a LoRA already, exported from a native adapter; {cure}"
+
+
 def _check_out(path: Path, out: Path, layout: str, names: Sequence[str]) -> None:
     files = peft_files(out, names).values() if layout == "peft" else [out]
     for file in files:
@@ -130,6 +140,12 @@ def _check_out(path: Path, out: Path, layout: str, names: Sequence[str]) -> None
             raise ValueError(
                 f"{file}: is the adapter itself, which the export would overwrite; give another "
                 "file name" + (", or a folder of its own" if layout == "peft" else "")
+            )
+        if file.suffix.lower() != ".safetensors":  # programs tell by it how to read a file
+            stem = file.with_suffix("") if file.suffix in _PICKLES else file
+            raise ValueError(
+                f"{file}: layout {layout!r} is a safetensors file, whose name must end in "
+                f".safetensors; give {stem}.safetensors"
             )
 
 

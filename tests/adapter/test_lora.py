@@ -240,3 +240,26 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match="is a folder; give a file name"):
             export_lora(native, tmp_path / "out", layout, base=pipe)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("x.ckpt", "x"), ("x", "x"), ("v1.5", "v1.5"), ("x.safetensors.bak", None)]
+)
+def test_a_file_is_never_written_under_the_name_of_another_format(tmp_path, name, cure):
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False)
+    native = save_adapter(pipe, tmp_path / "a.safetensors")
+    told = "must end in .safetensors" + (f"; give .*/{cure}.safetensors$" if cure else "")
+    for layout in ("diffusers", "kohya"):
+        with pytest.raises(ValueError, match=told):
+            export_lora(native, tmp_path / name, layout, base=pipe)
+    assert not (tmp_path / name).exists()
+
+
+def test_out_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    adapt(pipe, text_encoders=False)
+    native = save_adapter(pipe, tmp_path / "a.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    out = export_lora(native, "~/lora.safetensors", base=pipe)
+    assert out == tmp_path / "home" / "lora.safetensors" and out.is_file()
