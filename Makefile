@@ -22,8 +22,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # Fewer steps and pictures than mini-128's config has.
 demo: $(VENV)/.installed
 	rm -rf runs/demo
-	$(BIN)/nora-dreambooth mini-128 --train.steps 120 --sample.n 2 --sample.steps 15 \
-	  --output.dir runs/demo
+	$(BIN)/nora-dreambooth mini-128 --data.subject sample_data/subject --data.class_name flower \
+	  --train.steps 120 --sample.n 2 --sample.steps 15 --output.dir runs/demo
 	@echo "Look at runs/demo/before_after.png, then try your own photos:"
 	@echo "  $(BIN)/nora-dreambooth mini-128 --data.subject FOLDER --data.class_name dog --output.dir runs/mine"
 

@@ -151,6 +151,7 @@ def _of_base(
     config: DreamboothConfig, found: Sequence[Any], shards: int
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """Resolution and multiple of the base, and the memory a run will need."""
+    from nora_diffusion.families.skeleton import NoConfigsError
     from nora_diffusion.train.memory import picture_sizes, plan_memory
     from nora_diffusion.train.photos import all_photos, count_pictures
 
@@ -159,5 +160,5 @@ def _of_base(
         sizes = picture_sizes(config)
         pictures = count_pictures(config, found)
         return sizes, plan_memory(config, pictures, photos, shards).lines()
-    except UserError as error:  # configs that cannot be had now may be there at the run
+    except NoConfigsError as error:  # they may be there at the run
         return None, [f"predicted memory: unknown, because of {error}"]

@@ -171,11 +171,17 @@ def _load(
         if source is not None:
             print(f"resuming with the run's own settings ({own}), not {source}", file=sys.stderr)
         return config, True
+    if source is None and own is not None:
+        what = "no such folder" if not own.parent.exists() else f"holds no {RUN_CONFIG}"
+        what = "a file, where a run folder is asked for" if own.parent.is_file() else what
+        raise ConfigError(
+            [f"--resume {quote(str(resume))}: {what}; give the folder of a run (its output.dir)"],
+            "the command line",
+        )
     if source is None:
         names = ", ".join(shipped_configs(schema.command))
-        where = "" if resume is None else f" ({resume} holds no {RUN_CONFIG} to resume from)"
         raise ConfigError(
-            [f"CONFIG: missing{where}; give a TOML file or a shipped config: {names}"],
+            [f"CONFIG: missing; give a TOML file or a shipped config: {names}"],
             "the command line",
         )
     if resume is not None:

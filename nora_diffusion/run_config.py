@@ -10,6 +10,7 @@ from nora_diffusion.presets import Choice
 from nora_diffusion.schema import Key, RunConfig, entry_section, get_key, list_keys, may_change
 from nora_diffusion.settings import (
     ConfigError,
+    UserError,
     apply_overrides,
     quote,
     read_toml,
@@ -21,6 +22,8 @@ Config = TypeVar("Config", bound=RunConfig)
 
 RUN_CONFIG = "config.toml"
 """Name of the resolved config inside a run folder."""
+
+_CONTINUE = "# Continue this run with: "
 
 RECIPES = "recipes"
 """Folder of the recipes among the shipped configs, which lists of those leave out."""
@@ -108,9 +111,20 @@ def find_config(command: str, source: str | Path) -> Path:
 def save_config(config: RunConfig, folder: str | Path) -> Path:
     """Write the resolved config into a run folder, atomically; returns its path."""
     path = Path(folder) / RUN_CONFIG
-    text = f"# Continue this run with: {config.command} --resume DIR\n{to_toml(config)}"
+    text = f"{_CONTINUE}{config.command} --resume DIR\n{to_toml(config)}"
     write_atomically(path, text.encode())
     return path
+
+
+def command_of(path: Path) -> str | None:
+    """The command whose run a saved config is of, by its first line; None where that is gone."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+    except (OSError, UnicodeDecodeError):  # reading it as TOML tells
+        return None
+    found = first.removeprefix(_CONTINUE).partition(" --resume")[0].strip()
+    return found if first.startswith(_CONTINUE) and found else None
 
 
 def _spoilt(command: str) -> str:
@@ -137,9 +151,13 @@ def load_run(
         choices: of a preset, taken before the overrides, under the same rule.
 
     Raises:
+        UserError: when the run is of another command.
         ConfigError: when an override contradicts the run, or its config is spoilt.
     """
     path = Path(folder) / RUN_CONFIG
+    other = command_of(path)
+    if other is not None and other != schema.command:
+        raise UserError(f"{folder}: this is a run of {other}, not of {schema.command}")
     try:
         saved = read_toml(path)
         if isinstance(output := saved.setdefault("output", {}), dict):

@@ -296,11 +296,30 @@ def _unknown_in_entry(fields: Mapping[str, FieldInfo], name: str) -> str:
     return f"unknown; {cure}"
 
 
+_CALLED_ELSEWHERE = {
+    "lr": "learning_rate", "unet_lr": "learning_rate", "network_dim": "r", "rank": "r", "dim": "r",
+    "network_alpha": "scaling", "alpha": "scaling", "lora_alpha": "scaling",
+    "epochs": "steps", "max_train_steps": "steps", "max_train_epochs": "steps",
+    "max_steps": "steps", "num_train_epochs": "steps",
+    "batch": "batch_size", "train_batch_size": "batch_size",
+    "resolution": "resolution_px", "instance_data_dir": "subject", "train_data_dir": "subject",
+    "instance_prompt": "trigger", "trigger_word": "trigger", "class_prompt": "class_name",
+    "pretrained_model_name_or_path": "base", "base_model": "base", "output_dir": "dir",
+    "mixed_precision": "dtype",
+}  # fmt: skip
+"""Words that other trainers have for a key, and the key's own, without its section."""
+
+
 def _unknown(schema: type[BaseModel], name: str) -> str:
     keys = [key.name for key in list_keys(schema)]
     sections = list(schema.model_fields)
     if name in sections:
         return f"a section, not a key; its keys: {', '.join(_keys_of(schema, name))}"
+    word = _CALLED_ELSEWHERE.get(name.split(".")[-1])
+    meant = [key for key in keys if key.split(".")[1:] == [word]]
+    if meant:
+        of_section = [key for key in meant if key.split(".")[0] == name.split(".")[0]]
+        return f"unknown; did you mean {' or '.join(of_section or meant)}?"
     near = difflib.get_close_matches(name, keys + sections, n=1, cutoff=0.8)
     if not near:  # the right key without its section, or in the wrong one
         words = [key.split(".")[1] for key in keys]

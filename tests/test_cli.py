@@ -109,7 +109,10 @@ def test_all_mistakes_are_told_at_once_whatever_their_place(settings, capsys):
     [
         ([], "CONFIG: missing; give a TOML file or a shipped config: flux, flux2_klein, mini, m"),
         (["minni"], "; did you mean mini?"),
-        (["--resume", "none"], "CONFIG: missing (none holds no config.toml to resume from)"),
+        (["--resume", "none"], '--resume "none": no such folder; give the folder of a run'),
+        (["--resume", "."], '--resume ".": holds no config.toml; give the folder of a run'),
+        (["--resume", __file__], "a file, where a run folder is asked for"),
+        (["mini", "--data.subject", "dogs"], "data.class_name: missing; give it as --data.cl"),
         (["mini", "--dry-runn"], "dry-runn: unknown; sections: model, adapter"),
         (["mini", "sd15"], "sd15: not a setting; write --section.key value"),
         (["sd15"], "data.subject: missing; give it as --data.subject (Folder with"),
@@ -118,6 +121,14 @@ def test_all_mistakes_are_told_at_once_whatever_their_place(settings, capsys):
 def test_messages(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--adapter.target_modules", "nothing"], ["--model.base", "nowhere/"]]
+)
+def test_a_dry_run_refuses_what_the_run_would(settings, wrong, capsys):
+    assert main_dreambooth(["mini", *settings, *wrong, "--dry-run"]) == USER_ERROR
+    assert wrong[0].removeprefix("--") + " = " in capsys.readouterr().err
 
 
 def test_missing_photos_are_told_by_a_dry_run(settings, tmp_path, capsys):
@@ -145,7 +156,8 @@ def test_a_folder_with_a_run_or_other_files_is_refused(settings, tmp_path, capsy
     assert dry_run(capsys, "mini", *settings).output.dir == str(run)
     (run / "thesis.doc").write_text("")
     assert "holds other files and no run" in refused(capsys, "mini", *settings)
-    assert "holds other files and no run" in refused(capsys, "mini", "--resume", str(run))
+    argv = ["mini", *settings, "--resume", str(run)]
+    assert "holds other files and no run" in refused(capsys, *argv)
     (run / "config.toml").write_text("")
     message = refused(capsys, "mini", *settings)
     assert f"continue it with nora-dreambooth --resume {run}" in message
@@ -263,6 +275,17 @@ def test_export(finished, tmp_path, capsys, layout):
     assert names and all(name.startswith(part) for name in names)
 
 
+@pytest.mark.parametrize(
+    ("layout", "out"),
+    [("diffusers", "notes/x.safetensors"), ("kohya", "notes/x.safetensors"), ("peft", "notes")],
+)
+def test_export_to_a_place_that_is_none_names_the_option(finished, tmp_path, capsys, layout, out):
+    (tmp_path / "notes").touch()
+    argv = ["export", str(finished), "--layout", layout, "--out", str(tmp_path / out)]
+    assert main(argv) == USER_ERROR
+    assert f"--out {tmp_path / out}: " in (err := capsys.readouterr().err) and "is a file" in err
+
+
 def test_sample(finished, tmp_path, capsys):
     out = tmp_path / "pictures"
     argv = ["sample", str(finished), "a {trigger} {class_name} on the beach", "a dog"]
@@ -295,11 +318,19 @@ def test_targets_counts_what_an_adapter_trains(finished, base, capsys):
         (["export", "nowhere", "--out", "x"], "nowhere: no such file"),
         (["info", "notes.txt"], "notes.txt: "),
         (["targets", "nowhere"], 'MODEL = "nowhere": there is no such file or folder'),
+        (["sample", "one", "notes", "a dog"], 'PROMPT = "notes": is the folder of a run'),
+        (["sample", "one", "a dog", "b.safetensors"], 'PROMPT = "b.safetensors": is an adapter'),
+        (["inspect", "one", "--out", "notes.txt"], "--out notes.txt: is a file; give another"),
+        (["inspect", "one", "--out", "notes.txt/x"], "--out notes.txt/x: notes.txt is a file"),
+        (["campaign", "t.csv", "--out", "notes.txt", "--dry-run"], "notes.txt: is a file; give"),
     ],
 )
 def test_the_users_mistakes_end_in_one_message(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("these are notes")
+    Path("b.safetensors").touch()
+    Path("notes").mkdir()
+    Path("notes/config.toml").touch()
     assert main(argv) == USER_ERROR
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("nora: error: ") and message in err

@@ -92,6 +92,23 @@ def test_a_repeated_flag_is_a_list_or_the_last_word(toml):
     assert config.train.steps == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("lr", "text_encoder.learning_rate or train.learning_rate"),
+        ("train.lr", "train.learning_rate"),
+        ("rank", "adapter.r or text_encoder.r"),
+        ("max_train_steps", "train.steps or sample.steps"),
+        ("train.epochs", "train.steps"),
+        ("trigger_word", "data.trigger"),
+        ("instance_data_dir", "data.subject"),
+    ],
+)
+def test_words_of_other_trainers_lead_to_the_key(toml, word, key):
+    (told,) = problems(toml(), [f"--{word}", "1"])
+    assert told == f'{word} = "1": unknown; did you mean {key}?'
+
+
 def test_all_problems_are_reported_at_once_each_naming_key_value_and_cure(toml):
     found = problems(
         toml('[train]\nstpes = 4\nbatch_size = true\n[trane]\nx = 1\n[model]\ndtype = "int8"'),

@@ -181,7 +181,11 @@ def encode_files(tokenizer: Any, files: Sequence[str | Path], max_tokens: int) -
     examples: list[Example] = []
     longest = total = 0
     for file in files:
-        for number, row in enumerate(read_rows(file), start=1):
+        try:
+            rows = read_rows(file)
+        except UserError as error:
+            raise UserError(f"data.files: {error}") from None
+        for number, row in enumerate(rows, start=1):
             try:
                 example = encode_messages(tokenizer, messages_of(row))
             except ValueError as error:

@@ -127,13 +127,18 @@ def layer_states(
     return [answer.hidden_states[layer] for layer in layers], mask
 
 
-def check_size(pixels: Tensor, multiple_px: int) -> None:
-    """Refuse pictures (B, 3, H, W) that cannot be cut into whole patches.
+def check_size(pixels: Tensor, multiple_px: int, most_px: int | None = None) -> None:
+    """Refuse pictures (B, 3, H, W) that a denoiser of patches cannot read.
 
     Raises:
-        UserError: when H or W is no multiple of ``multiple_px``.
+        UserError: when H or W is no multiple of ``multiple_px``, or above ``most_px``.
     """
     height, width = pixels.shape[-2:]
+    if most_px is not None and max(height, width) > most_px:
+        raise UserError(
+            f"data.resolution_px: this base knows positions up to {most_px} px a side, and these "
+            f"pictures are {width} x {height}; give {most_px} or less"
+        )
     if height % multiple_px or width % multiple_px:
         raise UserError(
             f"data.resolution_px: this base reads pictures in patches of {multiple_px} x "
@@ -148,6 +153,8 @@ def save_vae_memory(vae: Any, side_px: int) -> None:
     """
     if side_px <= 1024:
         return
+    if type(vae).__name__ == "AutoencoderTiny" and vae.config.latent_channels != 4:
+        return  # its tiles have room for Stable Diffusion's four channels alone
     for name in ("enable_slicing", "enable_tiling"):
         if hasattr(vae, name):
             getattr(vae, name)()

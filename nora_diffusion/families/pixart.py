@@ -74,6 +74,7 @@ class PixArt:
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, 4, H/8, W/8) float32 latents."""
+        encoding.check_size(pixels, self.size_multiple_px)
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:

@@ -85,6 +85,8 @@ class StableDiffusion3:
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, 16, H/8, W/8) float32 latents."""
+        most = int(self.components.pipeline.transformer.config.pos_embed_max_size)
+        encoding.check_size(pixels, self.size_multiple_px, most * self.size_multiple_px)
         return encoding.encode_images(self.components.pipeline.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:

@@ -43,6 +43,10 @@ SHIPPED = {
 """Hub ids whose configs come with this package, for a machine that cannot reach the hub."""
 
 
+class NoConfigsError(UserError):
+    """The configs of a base are not here, and cannot be fetched now."""
+
+
 class FullLengthTokenizer:
     """Stands in for a tokenizer that is not there: every prompt fills the whole length."""
 
@@ -69,7 +73,8 @@ def config_folder(base: str | Path) -> Path:
         base: as ``locate`` takes it.
 
     Raises:
-        UserError: when a hub id's configs neither come with this package nor can be downloaded.
+        NoConfigsError: when a hub id's configs neither come with this package nor can be
+            downloaded.
     """
     source = locate(base)
     if isinstance(source, Path):
@@ -86,7 +91,7 @@ def config_folder(base: str | Path) -> Path:
     try:  # configs and tokenizers; the weights have other endings
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.model"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
+        raise NoConfigsError(
             f'model.base = "{source}": its configs are not on the Hugging Face hub or the hub '
             f"cannot be reached ({str(error).splitlines()[0]})"
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -106,8 +107,7 @@ def describe(cfg: LanguageConfig) -> list[str]:
     device = resolve_device(cfg.model.device)
     tokenizer = load_tokenizer(cfg.model.base)
     encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
-    questions = [f"{file}: {len(read_questions(file, cfg.eval.limit))} questions"
-                 for file in cfg.eval.files]  # fmt: skip
+    questions = _count_questions(cfg)
     skeleton = load_skeleton(cfg.model.base)
     model = add_adapter(skeleton, adapter_config(cfg.adapter, skeleton))
     rows = make_rows(cfg, encoded.examples)
@@ -166,6 +166,8 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
         except ValueError as error:
             raise UserError(f"adapter.target_modules: {error}") from error
     targets = list(targets) if isinstance(targets, tuple) else targets
+    if isinstance(targets, str):
+        _check_expression(targets)
     if cfg.method == "lora":
         return LoraConfig(
             r=cfg.r,
@@ -175,6 +177,16 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             task_type="CAUSAL_LM",
         )
     return nora_config(cfg, targets, task_type="CAUSAL_LM")
+
+
+def _check_expression(targets: str) -> None:
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise UserError(
+            f"adapter.target_modules = {quote(targets)}: no regular expression ({error}); give one "
+            'that matches whole module names, names as in ["q_proj", "v_proj"], or "all-linear"'
+        ) from None
 
 
 def add_adapter(base: Any, config: PeftConfig, seed: int | None = None) -> PeftModel:
@@ -265,10 +277,20 @@ def _begin(cfg: LanguageConfig, folder: Path, resume: bool) -> None:
     """Check what can be checked before there is a folder, then make it."""
     resolve_device(cfg.model.device)
     locate(cfg.model.base)
-    for file in cfg.eval.files:
-        read_questions(file, cfg.eval.limit)
+    _count_questions(cfg)
     open_folder(folder, resume, cfg.command)
     save_config(cfg, folder)
+
+
+def _count_questions(cfg: LanguageConfig) -> list[str]:
+    """How many questions each file has, in words."""
+    found = []
+    for file in cfg.eval.files:
+        try:
+            found.append(f"{file}: {len(read_questions(file, cfg.eval.limit))} questions")
+        except UserError as error:
+            raise UserError(f"eval.files: {error}; [] asks none") from None
+    return found
 
 
 def _check_origin(cfg: LanguageConfig, folder: Path, encoded: Encoded, resume: bool) -> None:

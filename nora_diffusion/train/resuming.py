@@ -54,12 +54,22 @@ def usable_checkpoint(
     """The newest checkpoint of a run, or None.
 
     Raises:
-        UserError: when it was trained with other settings, or by another number of processes.
+        UserError: when it was trained with other settings, by another number of processes, or
+            for more steps than the run shall have.
     """
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         _check_settings(cfg, checkpoint, processes)
+        _check_steps(cfg.train.total_steps, checkpoint.step)
     return checkpoint
+
+
+def _check_steps(steps: int, done: int) -> None:
+    if steps < done:  # the config would say what is not true of the adapter
+        raise UserError(
+            f"train.steps = {steps}: this run is at step {done} already, and steps cannot be taken "
+            f"back; give {done} or more, or start a new run in another output.dir"
+        )
 
 
 def resume_command(folder: Path, processes: Processes) -> str:

@@ -66,6 +66,24 @@ def test_the_loss_is_that_of_the_published_equations(row):
 
 
 @every_family
+def test_a_size_that_is_no_whole_number_of_patches_is_refused_by_its_key(row):
+    family = row.load()
+    if family.components.denoiser_name == "unet":
+        pytest.skip("has no patches")
+    side = 4 * family.size_multiple_px + family.size_multiple_px // 2
+    with pytest.raises(UserError, match=r"data\.resolution_px: .*patches of"):
+        family.encode_images(torch.zeros(1, 3, side, side))
+
+
+def test_positions_that_a_base_does_not_know_are_refused():
+    family = next(row for row in ROWS if row.config == "sd35_medium").load()
+    most = family.components.denoiser.config.pos_embed_max_size * family.size_multiple_px
+    side = most + family.size_multiple_px
+    with pytest.raises(UserError, match=f"positions up to {most} px"):
+        family.encode_images(torch.zeros(1, 3, side, side))
+
+
+@every_family
 @torch.no_grad()
 def test_a_reference_is_the_target_and_a_mask_takes_places_out(row):
     family = row.load()

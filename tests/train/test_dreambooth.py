@@ -450,6 +450,14 @@ def test_a_finished_run_resumed_trains_nothing_and_can_be_prolonged(make_config,
     assert_same(trained(tmp_path / "six"), trained(tmp_path / "run"))
 
 
+def test_steps_cannot_be_taken_back(make_config, tmp_path):
+    run = dreambooth.run(make_config())
+    before = (run / "config.toml").read_bytes()
+    with pytest.raises(UserError, match=r"train\.steps = 1: this run is at step 4 already"):
+        dreambooth.run(load_run(run, ["train.steps=1"]), resume=True)
+    assert (run / "config.toml").read_bytes() == before
+
+
 def test_resuming_nothing_starts_from_zero(make_config, tmp_path, calls):
     dreambooth.run(make_config(), resume=True)
     assert calls.count == 4 and (tmp_path / "run" / "adapter.safetensors").is_file()

@@ -194,6 +194,14 @@ def test_a_run_that_is_complete_trains_no_further_step(make):
     assert steps == [1, 2, 3, 4]
 
 
+def test_a_run_of_another_command_is_told_so(make, capsys):
+    run = language.run(make(train={"steps": 1}))
+    before = (run / "config.toml").read_bytes()
+    assert cli.main_dreambooth(["--resume", str(run)]) == 2
+    assert "this is a run of nora llm, not of nora-dreambooth" in capsys.readouterr().err
+    assert (run / "config.toml").read_bytes() == before
+
+
 def test_a_fit_has_the_gradient_checkpointing_of_the_run(make, monkeypatch):
     """Each block runs twice a batch, the second time in backward; what is fitted is the same."""
     counts, starts = {}, {}
@@ -300,6 +308,9 @@ def test_modules_are_chosen_alike_for_both_methods(make, bases, targets):
         ({"model": {"quantize": "nf4"}}, 'model.quantize = "nf4": needs a CUDA GPU'),
         ({"model": {"base": "/no/such/folder"}}, 'model.base = "/no/such/folder": is no folder'),
         ({"model": {"base": "absent.gguf"}}, 'model.base = "absent.gguf": no such file'),
+        ({"data": {"files": ["none.json"]}}, "data.files: none.json: cannot be read"),
+        ({"eval": {"files": ["none.json"]}}, "eval.files: none.json: cannot be read"),
+        ({"adapter": {"target_modules": "("}}, 'adapter.target_modules = "(": no regular expre'),
         ({"data": {"max_tokens": 8}}, "data.max_tokens = 8: all 12 examples are longer"),
     ],
 )
