@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nora_diffusion.adapter.loading import find_file
 from nora_diffusion.config import RUN_CONFIG, UserError, fill_prompt
 from nora_diffusion.denoiser_hooks import load_adapter
 from nora_diffusion.disk import write_atomically
+from nora_diffusion.events import read_events
 from nora_diffusion.families import load_family
 from nora_diffusion.families.base import (
     Conditioning,
@@ -29,6 +31,8 @@ from nora_diffusion.families.base import (
 )
 from nora_diffusion.families.encoding import check_seeds
 from nora_diffusion.families.safety import attach_safety_checker, screened
+from nora_diffusion.run_config import command_of
+from nora_diffusion.run_folder import CHECKPOINTS, EVENTS, check_out
 from nora_diffusion.settings import read_toml
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -76,8 +80,8 @@ def sample_to_folder(
         The files, prompt by prompt.
 
     Raises:
-        UserError: when the run has no adapter yet, no base is known, or a number is one that
-            this base cannot draw with.
+        UserError: when the run has no adapter yet, no base is known, a number is one that this
+            base cannot draw with, or ``out`` cannot be written.
         AdapterFileError: when the adapter does not fit the base.
     """
     seeds = range(seed, seed + n)
@@ -85,6 +89,8 @@ def sample_to_folder(
     _check_finite(weight=weight, guidance=guidance or 0.0)
     path = adapter_path(run_or_file)
     info = adapter_info(path)
+    out = Path(out).expanduser()
+    check_out(out)  # before minutes are spent on pictures that could not be kept
     family = load_adapted(path, base=base, weight=weight, device=device, dtype=dtype)
     names = (info.get("trigger") or "", info.get("class_name") or "")
     texts = [fill_prompt(prompt, *names) for prompt in prompts]
@@ -107,7 +113,7 @@ def sample_to_folder(
         "base": shown_base(family.components.base),
         "family": family.name,
     }
-    return _write_pictures(Path(out), texts, seeds, rows, made_with)
+    return _write_pictures(out, texts, seeds, rows, made_with)
 
 
 def adapter_path(run_or_file: str | Path) -> Path:
@@ -122,11 +128,15 @@ def adapter_path(run_or_file: str | Path) -> Path:
     try:
         return find_file(path)
     except AdapterFileError as error:
-        if not (path / "checkpoints").is_dir():
+        is_run = (path / RUN_CONFIG).is_file() or (path / CHECKPOINTS).is_dir()
+        events = read_events(path / EVENTS)
+        # What ends in scores of many trainings is done without an adapter.
+        if not is_run or events and events[-1]["event"] == "done":
             raise UserError(str(error)) from error
+        command = command_of(path / RUN_CONFIG) or "nora-dreambooth"
         raise UserError(
             f"{path}: this run is not finished, so it has no {ADAPTER_FILE} yet; "
-            f"finish it with: nora-dreambooth --resume {path}"
+            f"finish it with: {command} --resume {shlex.quote(str(path))}"
         ) from error
 
 

@@ -1,5 +1,7 @@
 """Pictures from an adapter: the right ones, with their origin inside."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from nora_diffusion.sampling import (
     save_png,
 )
 from nora_diffusion.sheets import before_after_sheet, contact_sheet
+from tests.disk import read_only
 from tests.tiny import adapt, tiny_pipeline
 
 FAST = {"n": 2, "steps": 2, "guidance": 3.0, "device": "cpu"}
@@ -104,8 +107,15 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path, run):
     with pytest.raises(UserError, match="this folder has none of adapter.safetensors"):
         adapter_path(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="not finished.*--resume"):
+    with pytest.raises(UserError, match="not finished.*nora-dreambooth --resume"):
         adapter_path(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    before_its_first_checkpoint = tmp_path / "a run"
+    before_its_first_checkpoint.mkdir()
+    config = before_its_first_checkpoint / "config.toml"
+    config.write_text("# Continue this run with: nora vlm --resume DIR\n")
+    with pytest.raises(UserError, match=r"not finished.*nora vlm --resume '.*a run'$"):
+        adapter_path(before_its_first_checkpoint)
     pipe = tiny_pipeline("sd15")
     adapt(pipe)
     save_adapter(pipe, tmp_path / "anonymous.safetensors")
@@ -145,6 +155,26 @@ def test_pictures_that_are_there_are_kept(run, tmp_path):
         "00-a-seed0-3.png",
     ]
     assert (pixels(names[:1])[0] != pixels(names[1:2])[0]).any()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_base_is_loaded(
+    run, tmp_path, monkeypatch
+):
+    (tmp_path / "afile").touch()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("nora_diffusion.sampling.load_family", None)
+    for out, reason in (("afile", "is a file"), ("afile/x/y", "afile is a file")):
+        with pytest.raises(UserError, match=f"--out .*{out}: .*{reason}; give another place"):
+            sample_to_folder(run, ["a"], tmp_path / out, **FAST)
+    with read_only(tmp_path / "locked"), pytest.raises(UserError, match=r"--out .*\(Permission"):
+        sample_to_folder(run, ["a"], tmp_path / "locked" / "new", **FAST)
+
+
+def test_out_may_start_with_the_home_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (file,) = sample_to_folder(run, ["a"], "~/pics", **{**FAST, "n": 1})
+    assert file.parent == tmp_path / "home" / "pics" and not Path("~").exists()
 
 
 def test_names_of_pictures_fit_every_file_system(tmp_path):
