@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write an adapter as an exact LoRA for other programs")
     export.add_argument("source", metavar="RUN_OR_FILE", help=where)
-    export.add_argument("--out", required=True, help="file, or folder for the peft layout")
+    export.add_argument("--out", required=True, help=".safetensors file, or folder for the peft layout")
     export.add_argument(
         "--layout",
         choices=("diffusers", "kohya", "peft"),
@@ -369,7 +369,8 @@ def _export(args: argparse.Namespace) -> int:
     try:
         print(export_lora(path, out, args.layout, base, DTYPES.get(args.dtype)))
     except ValueError as error:  # a layout that has no names for this model, a name for a file
-        raise UserError(str(error)) from error
+        key = "--out " if str(error).startswith(f"{out}: ") else ""
+        raise UserError(f"{key}{error}") from error
     return 0
 
 

@@ -93,7 +93,7 @@ def load_adapter(
 
     Args:
         pipe_or_model: a diffusers pipeline, or one of its models.
-        path: native compact, native portable or LoRA ``.safetensors`` file.
+        path: native compact, native portable or LoRA ``.safetensors`` file, or a folder with one.
         adapter_name: name under which the adapter is added.
         weight: factor on its effect.
 

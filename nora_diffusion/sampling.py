@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from nora_diffusion import __version__
 from nora_diffusion.adapter.files import AdapterFileError, adapter_info
-from nora_diffusion.adapter.loading import find_file
+from nora_diffusion.adapter.loading import find_files
 from nora_diffusion.config import RUN_CONFIG, UserError, fill_prompt
 from nora_diffusion.denoiser_hooks import load_adapter
 from nora_diffusion.disk import write_atomically
@@ -119,6 +119,8 @@ def sample_to_folder(
 def adapter_path(run_or_file: str | Path) -> Path:
     """The adapter file of a folder (of a run, an export or any other), or the file itself.
 
+    An export with a sub-folder for each model stands for itself.
+
     Raises:
         UserError: when there is none.
     """
@@ -126,7 +128,8 @@ def adapter_path(run_or_file: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a run folder or an adapter file")
     try:
-        return find_file(path)
+        file, *others = find_files(path)
+        return path if others else file
     except AdapterFileError as error:
         is_run = (path / RUN_CONFIG).is_file() or (path / CHECKPOINTS).is_dir()
         events = read_events(path / EVENTS)

@@ -195,6 +195,13 @@ def test_folders_of_exports_are_found(run, tmp_path):
     native = save_adapter(pipe, tmp_path / "a.safetensors")
     export_lora(native, tmp_path / "peft", "peft", base=pipe)
     assert adapter_path(tmp_path / "peft").name == "adapter_model.safetensors"
+    export_lora(run, tmp_path / "parts", "peft", base=base)  # with a text encoder
+    assert adapter_path(tmp_path / "parts") == tmp_path / "parts"
+    for source in (run, tmp_path / "parts"):
+        out = tmp_path / f"of {source.name}"
+        sample_to_folder(source, ["a"], out, weight=1.0, **{**FAST, "n": 1})
+    of_run, of_parts = (pixels(sorted((tmp_path / f"of {n}").glob("*"))) for n in ("run", "parts"))
+    assert abs(of_run[0].astype(int) - of_parts[0].astype(int)).max() <= 2
     assert adapter_path(run) == run / "adapter.safetensors"
 
 

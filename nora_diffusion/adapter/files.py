@@ -6,8 +6,9 @@ The native formats are in `native`, the LoRA ones in `lora_file`; both are descr
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from .loading import (
     LORA_FILE,
     OtherBaseError,
     add_native,
-    find_file,
+    find_files,
     fingerprints_of,
     inject_layers,
     nora_layers,
@@ -136,7 +137,8 @@ def load_adapter(
 
     Args:
         pipe_or_model: a diffusers pipeline, or one model.
-        path: the file, or a folder with one.
+        path: the file, a folder with one, or an export in the layout "peft" with a sub-folder for
+            each model.
         adapter_name: a name that is not in use, without dots.
         weight: scale of the adapter's effect.
 
@@ -149,7 +151,9 @@ def load_adapter(
         TypeError: the name is no text, or the weight no number.
     """
     check_arguments(adapter_name, weight)
-    path = find_file(Path(path))
+    path, *others = find_files(Path(path))
+    if others:
+        return _load_parts(pipe_or_model, [path, *others], adapter_name, weight)
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
     if fields is None or fields["kind"] == "lora":
@@ -184,11 +188,41 @@ def load_adapter(
     return sum(len(found) for found in layers.values())
 
 
+def _load_parts(pipe_or_model: Any, files: Sequence[Path], adapter_name: str, weight: float) -> int:
+    """Load the sub-folders of a PEFT export, all or none.
+
+    Raises:
+        AdapterFileError: one of them is damaged, does not fit, or is of another adapter.
+    """
+    folder, targets = files[0].parent.parent, components_of(pipe_or_model)
+    parts = {file: header.read(file) for file in files}
+    fields = {file: parse_header(file, contents.metadata) for file, contents in parts.items()}
+    _check_one_adapter(folder, fields)
+    names = [name for found in fields.values() for name in (found or {})["components"]]
+    models = list(match_components(names, targets, str(folder)).values())
+    check_name_is_free(models, adapter_name)
+    with restored(models, adapter_name):
+        return sum(
+            load_lora(pipe_or_model, file, contents, fields[file], adapter_name, weight)
+            for file, contents in parts.items()
+        )
+
+
+def _check_one_adapter(folder: Path, fields: Mapping[Path, dict[str, Any] | None]) -> None:
+    sources = {None if found is None else found.get("source") for found in fields.values()}
+    if len(sources) > 1 or None in sources:
+        names = ", ".join(file.parent.name for file in fields)
+        raise AdapterFileError(
+            f"{folder}: its sub-folders {names} are not parts of one export of this project; give "
+            "one of them, or export the adapter again into an empty folder"
+        )
+
+
 def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     """Describe an adapter file.
 
     Args:
-        path: native or exported LoRA file, or a folder with one.
+        path: native or exported LoRA file, or a folder as of `load_adapter`.
         base: base model to compare the recorded fingerprints with: a pipeline, a model, or what
             `load_pipeline` takes.
 
@@ -203,7 +237,35 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     Raises:
         AdapterFileError: the file is damaged, or was not written by this project.
     """
-    path = find_file(Path(path))
+    files = find_files(Path(path))
+    found = [_info_of(file, base) for file in files]
+    if len(found) == 1:
+        return found[0]
+    fields = {file: one["metadata"] for file, one in zip(files, found, strict=True)}
+    _check_one_adapter(files[0].parent.parent, fields)
+    parts = {name: part for one in found for name, part in one["components"].items()}
+    main = parts[_main(parts)]
+    checksums = "".join(one["checksum"] for one in found)
+    sums = {
+        key: sum(one[key] for one in found) for key in ("modules", "trainable_parameters", "bytes")
+    }
+    return (
+        found[0]
+        | sums
+        | {
+            "config": main["config"],
+            "checksum": hashlib.sha256(checksums.encode()).hexdigest(),
+            "components": parts,
+        }
+    )
+
+
+def _main(components: Mapping[str, Any]) -> str:
+    """The denoiser's name, or the first of the components."""
+    return next((name for name in DENOISERS if name in components), next(iter(components)))
+
+
+def _info_of(path: Path, base: Any) -> dict[str, Any]:
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
     if fields is None:
@@ -222,8 +284,7 @@ def adapter_info(path: str | Path, base: Any = None) -> dict[str, Any]:
     else:
         info["portable"] = True
         parts = _describe_lora(path, fields)
-    main = next((name for name in DENOISERS if name in parts), next(iter(parts)))
-    info["config"] = parts[main]["config"]
+    info["config"] = parts[_main(parts)]["config"]
     info |= {key: about.get(key) for key in ABOUT}
     for key in ("modules", "trainable_parameters"):
         info[key] = sum(part[key] for part in parts.values())

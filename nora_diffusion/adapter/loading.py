@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from .components import adaptable_modules, inject, match_components, plain_name, walk
 from .factors import Factors, cached_factors
 from .header import AdapterFileError
-from .keys import find_module
+from .keys import DENOISERS, find_module
 from .layer import NoraLayer
 from .model import deferred_factors, derive_factors, iter_nora_layers
 from .native import Component, NativeAdapter, config_from_json, config_to_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 #: Names under which an adapter is found in a folder, best first.
-FILE_NAMES = ("adapter.safetensors", LORA_FILE, "adapter_model.safetensors")
+FILE_NAMES = ("adapter.safetensors", LORA_FILE, PEFT_WEIGHTS)
 
 
 class OtherBaseError(AdapterFileError):
@@ -108,20 +109,31 @@ def inject_layers(
     return {module: layers[cast(str, place)] for module, place in places.items()}
 
 
-def find_file(path: Path) -> Path:
-    """The adapter file that a path means: itself, or the best one of a folder.
+def find_files(path: Path) -> list[Path]:
+    """The adapter files that a path means: itself, the best one of a folder, or those of an export.
+
+    An export in the layout "peft" that adapts several models has a sub-folder for each, and is one
+    adapter; everything else is one file.
 
     Raises:
         AdapterFileError: a folder without adapter file.
     """
     path = path.expanduser()
     if not path.is_dir():
-        return path
+        return [path]
     for name in FILE_NAMES:
         if (path / name).is_file():
-            return path / name
+            return [path / name]
+    parts = [
+        file
+        for file in sorted(path.glob(f"*/{PEFT_WEIGHTS}"))
+        if file.parent.name in DENOISERS or file.parent.name.startswith("text_encoder")
+    ]
+    if len(parts) > 1:
+        return parts
     raise AdapterFileError(
-        f"{path}: this folder has none of {', '.join(FILE_NAMES)}; give the adapter file itself"
+        f"{path}: this folder has none of {', '.join(FILE_NAMES)}, nor sub-folders of a PEFT "
+        "export; give the adapter file itself"
     )
 
 

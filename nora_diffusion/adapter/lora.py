@@ -17,7 +17,15 @@ from . import header, lora_file
 from .components import components_of, match_components, restored
 from .header import AdapterFileError
 from .keys import Dialect
-from .loading import FILE_NAMES, LORA_FILE, OtherBaseError, add_native, find_file, open_base
+from .loading import (
+    FILE_NAMES,
+    LORA_FILE,
+    PEFT_WEIGHTS,
+    OtherBaseError,
+    add_native,
+    find_files,
+    open_base,
+)
 from .lora_file import LAYOUTS, Pairs
 from .native import (
     NativeAdapter,
@@ -29,7 +37,6 @@ from .native import (
 
 __all__ = ["LAYOUTS", "export_lora"]
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _ADAPTER_NAME = "nora_export"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -80,7 +87,7 @@ def export_lora(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: use one of {', '.join(LAYOUTS)}")
     header.check_dtype(dtype)
-    path, out = find_file(Path(path)), Path(out).expanduser()
+    path, out = find_files(Path(path))[0], Path(out).expanduser()
     contents = header.read(path)
     fields = parse_header(path, contents.metadata)
     if fields is None or fields["kind"] != "native":

@@ -97,6 +97,7 @@ def evaluate_run(options: Options) -> Path:
         AdapterFileError: when the adapter does not fit the base.
     """
     path = adapter_path(options.source)
+    check_out(options.out)
     info = adapter_info(path)
     trigger, class_name = _subject(info, path, options.trigger)
     base = options.base or info["base"] or ""
@@ -105,7 +106,6 @@ def evaluate_run(options: Options) -> Path:
     others = [] if options.held_out is None else _photos(options.held_out, "--held-out")
     _check_held_out(others, trained_on)
     training, held_out = ([read_image(p.path) for p in found] for found in (trained_on, others))
-    check_out(options.out)
     device = resolve_device(options.device)
     offline, online = ("effnet", "mini_clip"), ("dino", "clip")
     names = options.backends or (offline if built_in_version(base) else online)

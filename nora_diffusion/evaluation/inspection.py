@@ -20,7 +20,7 @@ from nora_diffusion.adapter import Factors, cached_factors, header
 from nora_diffusion.adapter.components import components_of, match_components, restored
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.header import AdapterFileError
-from nora_diffusion.adapter.loading import add_native, open_base
+from nora_diffusion.adapter.loading import add_native, find_files, open_base
 from nora_diffusion.adapter.native import (
     Component,
     ModulePair,
@@ -211,7 +211,7 @@ def read_native(path: Path) -> NativeAdapter:
     Raises:
         AdapterFileError: the file is damaged, or is a LoRA file.
     """
-    contents = header.read(path)
+    contents = header.read(find_files(path)[0])
     fields = parse_header(path, contents.metadata)
     if fields is None or fields["kind"] != "native":
         raise AdapterFileError(

@@ -1,5 +1,7 @@
 """LoRA exports in PEFT's layout, on bare models, and loading LoRA files of any origin."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.adapter.files import (
     AdapterFileError,
+    adapter_info,
     load_adapter,
     save_adapter,
 )
@@ -60,6 +63,51 @@ def test_peft_layout_of_a_pipeline_is_a_folder_a_component(tmp_path):
     PeftModel.from_pretrained(clean.text_encoder, tmp_path / "peft" / "text_encoder")
     assert adapted_modules(clean) == count
     assert distance(predict(clean), predict(pipe)) <= 1e-5
+
+
+def test_the_folder_of_several_components_is_one_adapter(tmp_path):
+    pipe = tiny_pipeline()
+    count = adapt(pipe, text_encoders=True)
+    about = {"base": "here", "trigger": "sks"}
+    path = save_adapter(pipe, tmp_path / "a.safetensors", metadata=about)
+    folder = export_lora(path, tmp_path / "peft", "peft", base=pipe)
+    clean = tiny_pipeline()
+    assert load_adapter(clean, folder) == count == adapted_modules(clean)
+    assert distance(predict(clean), predict(pipe)) <= 1e-5
+    whole, unet = adapter_info(folder), adapter_info(folder / "unet")
+    assert set(whole["components"]) == {"unet", "text_encoder"} and whole["modules"] == count
+    assert whole["trigger"] == "sks" and whole["config"] == unet["config"]
+    assert whole["bytes"] > unet["bytes"] and whole["checksum"] != unet["checksum"]
+    with pytest.raises(AdapterFileError, match="is a LoRA already"):
+        export_lora(folder, tmp_path / "again.safetensors", base=pipe)
+
+
+def test_a_folder_of_several_components_is_loaded_as_a_whole_or_not_at_all(tmp_path):
+    def export(seed: int, scaling: float) -> Path:
+        pipe = tiny_pipeline()
+        adapt(pipe, seed=seed, scaling=scaling)
+        path = save_adapter(pipe, tmp_path / f"{seed}.safetensors")
+        return export_lora(path, tmp_path / str(seed), "peft", base=pipe)
+
+    first, second = export(0, 1.0), export(1, 2.0)
+    damaged = second / "unet" / "adapter_model.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    clean = tiny_pipeline()
+    modules = [name for name, _ in clean.unet.named_modules()]
+    with pytest.raises(AdapterFileError, match="unet"):
+        load_adapter(clean, second)
+    damaged.write_bytes((first / "unet" / "adapter_model.safetensors").read_bytes())
+    for look in (lambda: load_adapter(clean, second), lambda: adapter_info(second)):
+        with pytest.raises(AdapterFileError, match="text_encoder, unet are not parts of one exp"):
+            look()
+    clean.unet.up_blocks = clean.unet.up_blocks[:0]  # so that unet, the last, does not fit
+    modules = [name for name, _ in clean.unet.named_modules()]
+    damaged.write_bytes(whole)
+    with pytest.raises(AdapterFileError):
+        load_adapter(clean, second)
+    assert [name for name, _ in clean.unet.named_modules()] == modules
+    assert adapted_modules(clean) == 0 and getattr(clean.text_encoder, "peft_config", None) is None
 
 
 def test_lora_export_of_a_language_model_has_no_diffusers_layout(tmp_path):
