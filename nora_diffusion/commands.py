@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write an adapter as an exact LoRA for other programs")
     export.add_argument("source", metavar="RUN_OR_FILE", help=where)
-    export.add_argument("--out", required=True, help=".safetensors file, or folder for the peft layout")
+    export.add_argument(
+        "--out", required=True, help=".safetensors file, or folder for the peft layout"
+    )
     export.add_argument(
         "--layout",
         choices=("diffusers", "kohya", "peft"),
