@@ -151,14 +151,8 @@ def _of_base(
     config: DreamboothConfig, found: Sequence[Any], shards: int
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """Resolution and multiple of the base, and the memory a run will need."""
-    from nora_diffusion.families.skeleton import NoConfigsError
-    from nora_diffusion.train.memory import picture_sizes, plan_memory
+    from nora_diffusion.train.memory import foresee
     from nora_diffusion.train.photos import all_photos, count_pictures
 
     photos = [photo.size for photo in all_photos(found)]
-    try:
-        sizes = picture_sizes(config)
-        pictures = count_pictures(config, found)
-        return sizes, plan_memory(config, pictures, photos, shards).lines()
-    except NoConfigsError as error:  # they may be there at the run
-        return None, [f"predicted memory: unknown, because of {error}"]
+    return foresee(config, count_pictures(config, found), photos, shards)

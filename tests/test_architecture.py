@@ -87,8 +87,10 @@ MAY_IMPORT = {
     "mini": BASE | {"families", "evaluation", "data", "mini"},
     "bench": BASE
     | {"adapter", "bench", "denoiser_hooks", "evaluation", "families", "mini", "sampling", "train"},
+    "command_line": BASE | {"bench"},
     "commands": BASE
     | {
+        "command_line",
         "adapter",
         "families",
         "denoiser_hooks",

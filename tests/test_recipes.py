@@ -14,6 +14,7 @@ import pytest
 
 from nora_diffusion import commands
 from nora_diffusion.cli import main, main_dreambooth
+from nora_diffusion.command_line import make_parser
 from nora_diffusion.config import DreamboothConfig
 from nora_diffusion.language_config import LanguageConfig
 from nora_diffusion.run_config import load_config, shipped_configs, shipped_recipes
@@ -133,7 +134,9 @@ def test_a_command_of_the_page_parses(words):
         load_config(SCHEMAS[command], source, [word for word in given if word != "--dry-run"])
         return
     argv, overrides = part_overrides(words[1:]) if words[1] == "campaign" else (words[1:], [])
-    args = commands._parser().parse_args(argv, argparse.Namespace(argv=argv, overrides=overrides))
+    args = make_parser(commands.ACTIONS).parse_args(
+        argv, argparse.Namespace(argv=argv, overrides=overrides)
+    )
     if words[1] == "campaign":
         config = load_config(
             DreamboothConfig, args.config, [*overrides, "data.subject=x", "data.class_name=y"]

@@ -29,7 +29,7 @@ from nora_diffusion.families.base import (
 )
 from nora_diffusion.families.encoding import save_vae_memory
 from nora_diffusion.families.loading import is_staged
-from nora_diffusion.families.skeleton import META, skeleton, tensors_of
+from nora_diffusion.families.skeleton import META, NoConfigsError, skeleton, tensors_of
 from nora_diffusion.families.speed import repeated_blocks
 from nora_diffusion.train import adapters
 from nora_diffusion.train.common import loss_options
@@ -160,6 +160,22 @@ def _largest(cfg: DreamboothConfig, family: Family, sizes: Sequence[Size]) -> Si
         return side, side
     used = [closest_bucket(size, buckets) for size in sizes]
     return max(used, key=lambda size: size[0] * size[1])
+
+
+def foresee(
+    cfg: DreamboothConfig, pictures: int, sizes: Sequence[Size], shards: int
+) -> tuple[tuple[int, int] | None, list[str]]:
+    """What a dry run tells: ``picture_sizes``, and the plan in lines; arguments as for the plan.
+
+    Configs that cannot be had now may be there at the run: then there are no sizes, and the reason.
+
+    Raises:
+        UserError: when a setting does not fit the base.
+    """
+    try:
+        return picture_sizes(cfg), plan_memory(cfg, pictures, sizes, shards).lines()
+    except NoConfigsError as error:
+        return None, [f"predicted memory: unknown, because of {error}"]
 
 
 def picture_sizes(cfg: DreamboothConfig) -> tuple[int, int]:
