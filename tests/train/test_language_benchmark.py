@@ -1,6 +1,7 @@
 """The comparison of methods is a fair one: the same tries, data and steps for each."""
 
 import importlib.util
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,3 +103,23 @@ def test_an_answer_can_be_the_text_of_an_option(monkeypatch):
     assert found["answer"] == found["output"] == "the leaves, mostly"
     yes_or_no = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
     assert with_text_answers(yes_or_no) == yes_or_no
+
+
+def test_recorded_answers_as_text_are_what_the_page_says_of_them():
+    """docs/language.md: equal tries and seeds; the means meet the aim, level is shown."""
+    record = json.loads((BENCHMARKS / "results/language-text.json").read_bytes())["results"]
+    assert set(record["tries_a_method"].values()) == {3}
+    assert {len(found["validation"]) for found in record["search"].values()} == {3}
+    summary = {name: row for name, row in record["summary"].items() if name != "base"}
+    assert {row["seeds"] for row in summary.values()} == {3}
+    assert record["base_scores"]["ARC-Easy"]["questions"] == 400
+    ours = [row for name, row in summary.items() if name.startswith("nora")]
+    assert len(ours) == 2
+    for row in ours:
+        difference = row["likelihood_minus_lora_r32"]
+        assert row["trained_share_of_lora_r32"] < 0.024
+        assert difference["low"] < 0 < difference["mean"]
+        assert row["step_s"] < 0.82 * summary["lora_r32"]["step_s"]
+    best = {name: max(found["validation"].values()) for name, found in record["search"].items()}
+    assert max(best, key=best.__getitem__) == "lora_r32"
+    assert min(best, key=best.__getitem__) == "lora_xs_r32"
