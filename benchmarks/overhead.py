@@ -236,6 +236,7 @@ def inference(one: Subject, watch: Stopwatch, rounds: int) -> dict[str, float]:
         switch[1]()
         beside.append(watch(one.forward) / bare)
         merge_s.append(watch(each(one.model, lambda layer: layer.merge())))
+        one.forward()  # the first after a merge finds memory in another state
         merged.append(watch(one.forward) / bare)
         unmerge_s.append(watch(each(one.model, lambda layer: layer.unmerge())))
     errors = [

@@ -296,6 +296,23 @@ def _unknown_in_entry(fields: Mapping[str, FieldInfo], name: str) -> str:
     return f"unknown; {cure}"
 
 
+def check_expression(given_as: str, text: str, cure: str) -> None:
+    """Refuse a text that is no regular expression.
+
+    Args:
+        given_as: the key or option and its value, as in a message.
+        text: the value.
+        cure: what to give instead.
+
+    Raises:
+        UserError: saying what is wrong with it.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise UserError(f"{given_as}: is no regular expression ({error}); give {cure}") from None
+
+
 _CALLED_ELSEWHERE = {
     "lr": "learning_rate", "unet_lr": "learning_rate", "network_dim": "r", "rank": "r", "dim": "r",
     "network_alpha": "scaling", "alpha": "scaling", "lora_alpha": "scaling",

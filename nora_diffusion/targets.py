@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from nora_diffusion.adapter import NoraConfig, deferred_factors, iter_nora_layers
-from nora_diffusion.adapter.components import plain_name, restored
+from nora_diffusion.adapter.components import ignore_lowered_ranks, plain_name, restored
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, shipped_configs
 from nora_diffusion.families import ASSETS, locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
 from nora_diffusion.run_config import find_config, shipped_recipes
-from nora_diffusion.settings import quote, read_toml
+from nora_diffusion.settings import check_expression, quote, read_toml
 
 LORA_RANK = 16
 """Of the LoRA whose size stands beside."""
@@ -171,7 +171,7 @@ def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
         return []
     config = NoraConfig(r=r, inner_r=inner_r, target_modules=choice.targets)
     with warnings.catch_warnings(), restored([choice.model], _ADAPTER, always=True):
-        warnings.filterwarnings("ignore", message="NoRA: the ranks are lowered")
+        ignore_lowered_ranks()
         try:
             with deferred_factors():
                 inject_adapter_in_model(config, choice.model, _ADAPTER)
@@ -203,14 +203,8 @@ def parse_targets(given: Sequence[str]) -> Targets | None:
     if only in _KEYWORDS:
         return only
     if only and not re.fullmatch(r"[\w.]+", only):
-        try:
-            re.compile(only)
-        except re.error as error:
-            raise UserError(
-                f"--targets {quote(only)}: is no regular expression ({error}); give "
-                f"{', '.join(_KEYWORDS)}, names or endings of modules, or one expression as of "
-                "Python's re"
-            ) from None
+        cure = f"{', '.join(_KEYWORDS)}, names or endings of modules, or one expression as of "
+        check_expression(f"--targets {quote(only)}", only, cure + "Python's re")
         return only
     return list(given)
 

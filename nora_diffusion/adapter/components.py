@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from .header import AdapterFileError
 from .keys import BARE_MODEL, DENOISERS
 
+LOWERED_RANKS = "NoRA: the ranks are lowered"
+"""How the warning of ranks above a weight's side begins."""
+
 
 def components_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     """Models that can carry an adapter, by component name.
@@ -149,6 +152,14 @@ def check_arguments(adapter_name: Any, weight: Any) -> None:
         raise ValueError(f"weight={weight!r}: give a finite number, such as 1.0")
 
 
+def ignore_lowered_ranks() -> None:
+    """Add a filter of the warning of ranks above a weight's side, for what tells of it or need not.
+
+    For use within ``warnings.catch_warnings``.
+    """
+    warnings.filterwarnings("ignore", message=LOWERED_RANKS)
+
+
 def inject(
     model: nn.Module, config: PeftConfig, adapter_name: str, parameter_keys: Iterable[str]
 ) -> None:
@@ -158,7 +169,7 @@ def inject(
         # the config's patterns would match others too (on a larger base) does not matter.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
-        warnings.filterwarnings("ignore", message="NoRA: the ranks are lowered")
+        ignore_lowered_ranks()
         keys = cast("dict[str, Tensor]", dict.fromkeys(parameter_keys))
         inject_adapter_in_model(config, model, adapter_name, state_dict=keys)
     # diffusers and transformers ask this flag before they touch `peft_config`.

@@ -17,6 +17,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .components import LOWERED_RANKS
 from .config import NoraConfig
 from .factors import DATA_BASES, factorise_many
 from .layer import Conv2d, Linear, NoraLayer
@@ -176,7 +177,7 @@ class NoraModel(BaseTuner):
                 clamped.append(f"{name} (r={r}, inner_r={inner_r})")
         if clamped:
             warnings.warn(
-                f"NoRA: the ranks are lowered in {len(clamped)} module(s), since r cannot exceed "
+                f"{LOWERED_RANKS} in {len(clamped)} module(s), since r cannot exceed "
                 f"the weight's smaller side nor inner_r exceed r, e.g. {clamped[0]}",
                 stacklevel=2,
             )

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from nora_diffusion.data.image_instructions import Record
 from nora_diffusion.data.instructions import UNTRAINED
+from nora_diffusion.data.packing import keep_trained
 from nora_diffusion.settings import UserError
 
 Span = tuple[int, int | None]
@@ -141,13 +142,9 @@ def with_trained_positions(batch: dict[str, Any]) -> dict[str, Any]:
     numbers as the vocabulary has words.
 
     Returns:
-        The batch with `labels` and `shift_labels` (B, K), what each of the K kept positions shall
-        predict, and `logits_to_keep` (K,).
+        The batch with what `keep_trained` gives.
     """
-    targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=UNTRAINED)
-    kept = (targets != UNTRAINED).any(dim=0).nonzero().flatten()
-    targets = targets[:, kept]
-    return batch | {"labels": targets, "shift_labels": targets, "logits_to_keep": kept}
+    return batch | keep_trained(nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=UNTRAINED))
 
 
 @torch.no_grad()

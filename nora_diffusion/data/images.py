@@ -251,9 +251,9 @@ def examine(path: Path) -> tuple[Photo, Image.Image] | str:
     except UnidentifiedImageError:
         if path.suffix.lower() in {".heic", ".heif"} and not register_heic():
             return "HEIC is read only with pillow-heif; run: pip install pillow-heif"
-        if Path(path.stem).suffix and path.suffix.lower() in {".txt", ".caption"}:
-            photo = Path(path.stem).stem
-            return f"not an image; a caption is read from {photo}{path.suffix}"
+        photo = path.with_suffix("")  # a.jpg of a.jpg.txt, as some programs name captions
+        if photo.is_file():
+            return f"not an image; a caption is read from {photo.with_suffix(path.suffix).name}"
         return "not an image"
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000

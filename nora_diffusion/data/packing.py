@@ -73,7 +73,20 @@ class Collator:
         if self.packed:
             batch["position_ids"] = position_ids
         if self.logits_to_keep:
-            kept = (targets != UNTRAINED).any(dim=0).nonzero().flatten()
-            batch["logits_to_keep"] = kept
-            targets = targets[:, kept]
+            return {**batch, **keep_trained(targets)}
         return {**batch, "labels": targets, "shift_labels": targets}
+
+
+def keep_trained(targets: Tensor) -> dict[str, Tensor]:
+    """What asks a causal language model for logits where some row has a trained token alone.
+
+    Args:
+        targets: (B, T), what each position shall predict; ``UNTRAINED`` where nothing is learnt.
+
+    Returns:
+        ``labels`` and ``shift_labels`` (B, K), what each of the K kept positions shall predict, and
+        ``logits_to_keep`` (K,).
+    """
+    kept = (targets != UNTRAINED).any(dim=0).nonzero().flatten()
+    targets = targets[:, kept]
+    return {"labels": targets, "shift_labels": targets, "logits_to_keep": kept}

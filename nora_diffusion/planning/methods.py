@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nora_diffusion import __version__
 from nora_diffusion.adapter import NoraConfig, NoraLayer, deferred_factors, iter_nora_layers
-from nora_diffusion.adapter.components import plain_name, restored
+from nora_diffusion.adapter.components import ignore_lowered_ranks, plain_name, restored
 from nora_diffusion.adapter.header import CHECKSUM_KEY, size_of
 from nora_diffusion.adapter.keys import Dialect
 from nora_diffusion.adapter.lora_file import encode as encode_lora
@@ -92,7 +92,7 @@ def adapted(choice: Choice, targets: list[Target], method: Method) -> Generator[
     """
     model = choice.model
     with warnings.catch_warnings(), restored([model], _NAME, always=True):
-        warnings.filterwarnings("ignore", message="NoRA: the ranks are lowered")
+        ignore_lowered_ranks()
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
         if method.name == "LoRA":
             _add_lora(model, [target.name for target in targets], method.r)

@@ -13,7 +13,7 @@ from peft.mapping import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
-from nora_diffusion.adapter.components import adaptable_modules
+from nora_diffusion.adapter.components import adaptable_modules, ignore_lowered_ranks
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.start import fit_start
 from nora_diffusion.adapter.statistics import fit_basis
@@ -184,7 +184,7 @@ def add_adapter(component: str, model: Any, config: NoraConfig) -> None:
     """
     try:
         with warnings.catch_warnings():  # `narrower_than_rank` finds them, for the report
-            warnings.filterwarnings("ignore", message="NoRA: the ranks are lowered")
+            ignore_lowered_ranks()
             if hasattr(model, "add_adapter"):
                 model.add_adapter(config, NAME)
             else:  # diffusers has no such method on PixArt's transformer

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ from nora_diffusion.language_model import (
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, open_folder
-from nora_diffusion.settings import UserError, quote
+from nora_diffusion.settings import UserError, check_expression, quote
 from nora_diffusion.train.common import (
     FIT_BATCHES,
     START_BATCHES,
@@ -167,7 +166,10 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             raise UserError(f"adapter.target_modules: {error}") from error
     targets = list(targets) if isinstance(targets, tuple) else targets
     if isinstance(targets, str):
-        _check_expression(targets)
+        cure = (
+            'one that matches whole module names, names as in ["q_proj", "v_proj"], or "all-linear"'
+        )
+        check_expression(f"adapter.target_modules = {quote(targets)}", targets, cure)
     if cfg.method == "lora":
         return LoraConfig(
             r=cfg.r,
@@ -177,16 +179,6 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             task_type="CAUSAL_LM",
         )
     return nora_config(cfg, targets, task_type="CAUSAL_LM")
-
-
-def _check_expression(targets: str) -> None:
-    try:
-        re.compile(targets)
-    except re.error as error:
-        raise UserError(
-            f"adapter.target_modules = {quote(targets)}: no regular expression ({error}); give one "
-            'that matches whole module names, names as in ["q_proj", "v_proj"], or "all-linear"'
-        ) from None
 
 
 def add_adapter(base: Any, config: PeftConfig, seed: int | None = None) -> PeftModel:

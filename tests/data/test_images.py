@@ -245,6 +245,7 @@ def zoo(tmp_path) -> Path:
     )
     (folder / "bomb.png").write_bytes(bomb())
     (folder / "notes.txt").write_text("not a caption of any photo")
+    (folder / "b.jpg.txt").write_text("a caption under another program's name")
     (folder / "b.txt").write_text("a photo of\n  {trigger}, smiling ")
     (folder / "more").mkdir()
     os.symlink(folder / "gone.jpg", folder / "link.jpg")
@@ -261,6 +262,7 @@ def test_photos_are_found_among_everything_else_which_is_listed_with_reasons(zoo
     reasons = {skip.path.name: skip.reason for skip in skipped}
     assert reasons == {
         "Thumbs.db": "not an image",
+        "b.jpg.txt": "not an image; a caption is read from b.txt",
         "bomb.png": "more than 178 million pixels; scale it down",
         "empty.jpg": "empty (0 bytes)",
         "link.jpg": "not a regular file",

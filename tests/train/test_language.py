@@ -310,7 +310,7 @@ def test_modules_are_chosen_alike_for_both_methods(make, bases, targets):
         ({"model": {"base": "absent.gguf"}}, 'model.base = "absent.gguf": no such file'),
         ({"data": {"files": ["none.json"]}}, "data.files: none.json: cannot be read"),
         ({"eval": {"files": ["none.json"]}}, "eval.files: none.json: cannot be read"),
-        ({"adapter": {"target_modules": "("}}, 'adapter.target_modules = "(": no regular expre'),
+        ({"adapter": {"target_modules": "("}}, 'adapter.target_modules = "(": is no regular ex'),
         ({"data": {"max_tokens": 8}}, "data.max_tokens = 8: all 12 examples are longer"),
     ],
 )
