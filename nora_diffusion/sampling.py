@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from nora_diffusion import __version__
+from nora_diffusion.adapter import kept_updates
 from nora_diffusion.adapter.files import AdapterFileError, adapter_info
 from nora_diffusion.adapter.loading import find_files
 from nora_diffusion.config import RUN_CONFIG, UserError, fill_prompt
@@ -219,15 +220,16 @@ def sample_conditioning(
     images: list[Image.Image] = []
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
-        drawn = family.sample(
-            conditioning.select([row for row, _ in batch]),
-            negative.repeat(len(batch)),
-            [seed for _, seed in batch],
-            steps=steps,
-            guidance=guidance,
-            width_px=width,
-            height_px=height,
-        )
+        with kept_updates(family.components.denoiser):
+            drawn = family.sample(
+                conditioning.select([row for row, _ in batch]),
+                negative.repeat(len(batch)),
+                [seed for _, seed in batch],
+                steps=steps,
+                guidance=guidance,
+                width_px=width,
+                height_px=height,
+            )
         images += screened(family, drawn)
     columns = len(seeds)
     return [images[row * columns : (row + 1) * columns] for row in range(len(conditioning))]

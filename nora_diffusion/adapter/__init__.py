@@ -10,6 +10,7 @@ Afterwards `peft.get_peft_model`, `PeftModel.from_pretrained`, diffusers' and tr
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import register_peft_method
 
+from .ahead import joint_cores, kept_updates
 from .config import NoraConfig
 from .factors import Factors, cached_factors, factorise, factorise_many, fingerprint
 from .layer import Conv2d, Linear, NoraLayer
@@ -37,6 +38,8 @@ __all__ = [
     "fit_basis",
     "fit_start",
     "iter_nora_layers",
+    "joint_cores",
+    "kept_updates",
 ]
 
 if NORA not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import base_weight
+from .ahead import JointCores, KeptPairs
 from .config import NoraConfig
 from .factors import (
     DATA_BASES,
@@ -72,6 +73,8 @@ class NoraState(BaseTunerLayer, nn.Module):
         self._disable_adapters = False
         self._backup: base_weight.Backup | None = None
         self._progress: Tensor | None = None
+        self._kept_pairs: KeptPairs | None = None
+        self._joint_cores: JointCores | None = None
         self.out_features, self.in_features = self._matrix_shape()
 
     # ---- the base weight as a matrix -------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from nora_diffusion.adapter import kept_updates
 from nora_diffusion.adapter.factor_cache import cache_dir
 from nora_diffusion.data.instructions import encode_text, render_prompt
 from nora_diffusion.disk import write_atomically
@@ -99,9 +100,10 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        scored, generated = _answer(
-            model, tokenizer, questions, batch_size, max_new_tokens, name, progress
-        )
+        with kept_updates(model):
+            scored, generated = _answer(
+                model, tokenizer, questions, batch_size, max_new_tokens, name, progress
+            )
     finally:
         model.train(training)
     chance = sum(1 / len(question.options) for question in questions) / len(questions)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nora_diffusion.adapter import kept_updates
 from nora_diffusion.data.image_batches import collate, encode, pad_id_of
 from nora_diffusion.data.image_instructions import Record
 
@@ -23,7 +24,8 @@ def answers(
         items = [encode(processor, r, False) for r in records[start : start + batch_size]]
         batch = collate(items, pad_id, left=True)
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=pad_id)
+        with kept_updates(model):
+            out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=pad_id)
         new = out[:, batch["input_ids"].shape[1] :]
         said += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in said]

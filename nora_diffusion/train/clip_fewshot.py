@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nora_diffusion.adapter import NoraConfig
+from nora_diffusion.adapter import NoraConfig, joint_cores
 from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
@@ -215,10 +215,11 @@ def train_one(
     for step in range(steps):
         index = _next_batch(len(few.labels), config.train.batch_size, step, seed)
         pixels, labels = few.pixels[index], few.labels[index]
-        images = base.embed_images(augment(pixels, generator))
-        logits = base.scale * images @ base.embed_texts(prompts).T
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
+        with joint_cores(model):
+            images = base.embed_images(augment(pixels, generator))
+            logits = base.scale * images @ base.embed_texts(prompts).T
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = method.learning_rate * lr_factor(step, "cosine", warmup, steps)

@@ -8,12 +8,14 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nora_diffusion.adapter import joint_cores
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, save_config
 from nora_diffusion.families import locate
@@ -141,33 +143,50 @@ def train(session: Session) -> None:
 
 def accumulate_gradients(session: Session, micro_step: int) -> float:
     """One forward and backward pass; returns its share of the step's loss."""
-    cfg, family, inputs = session.cfg.train, session.family, session.inputs
-    device, processes = family.components.device, session.processes
+    cfg, inputs, processes = session.cfg.train, session.inputs, session.processes
+    device = session.family.components.device
     generator = common.step_generator(
         cfg.seed, session.step, micro_step, device, rank=processes.rank
     )
     count = session.step * cfg.gradient_accumulation_steps + micro_step
     batch = inputs.batch(count, cfg.batch_size, processes.part)
+    last_pass = micro_step == cfg.gradient_accumulation_steps - 1
+    with _cores_ahead(session):
+        losses = _subject_losses(session, batch, generator)
+        loss = (losses * batch.weights).mean() / cfg.gradient_accumulation_steps
+        session.update.backward(loss, last=last_pass and cfg.prior != "base_prediction")
+    total = loss.item()
+    if cfg.prior == "base_prediction":
+        # Backward apart from the subject's: half the activations are alive at a time.
+        with _cores_ahead(session):
+            losses = _base_prediction_losses(session, batch, generator)
+            loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
+            session.update.backward(loss, last=last_pass)
+        total += loss.item()
+    return total
+
+
+def _cores_ahead(session: Session) -> AbstractContextManager[None]:
+    """Cores for one forward and backward pass, where they are not better left to each layer."""
+    model = session.cfg.model
+    # Compiled layers fuse their own; offloaded ones are on the GPU for their turn alone.
+    if model.compile or model.offload != "none":
+        return nullcontext()
+    return joint_cores(*session.models.values())
+
+
+def _subject_losses(session: Session, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """(B,) losses of predicting the noise on the photos."""
+    family, inputs = session.family, session.inputs
     if session.cfg.text_encoder.train:
         conditioning = _encode(family, inputs.prompts, batch.prompt_rows)
     else:
         conditioning = inputs.conditioning.select(batch.prompt_rows)
     conditioning = family.frame(conditioning, batch.framings)
-    losses = family.loss(
+    return family.loss(
         family.components.denoiser, batch.latents, conditioning, generator,
-        options=common.loss_options(cfg, processes.part), mask=batch.mask,
+        options=common.loss_options(session.cfg.train, session.processes.part), mask=batch.mask,
     )  # fmt: skip
-    loss = (losses * batch.weights).mean() / cfg.gradient_accumulation_steps
-    last_pass = micro_step == cfg.gradient_accumulation_steps - 1
-    session.update.backward(loss, last=last_pass and cfg.prior != "base_prediction")
-    total = loss.item()
-    if cfg.prior == "base_prediction":
-        losses = _base_prediction_losses(session, batch, generator)
-        loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
-        # Backward apart from the subject's: half the activations are alive at a time.
-        session.update.backward(loss, last=last_pass)
-        total += loss.item()
-    return total
 
 
 def _encode(family: Family, prompts: Sequence[str], rows: Sequence[int]) -> Conditioning:

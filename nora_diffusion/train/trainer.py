@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from nora_diffusion import language_config, vision_language_config
+from nora_diffusion.adapter import joint_cores
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_folder import CHECKPOINTS
 from nora_diffusion.schema import RunConfig
@@ -91,7 +92,7 @@ def make_trainer(
         arguments: such as ``shared_arguments``.
         callbacks: to be told of the training.
     """
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -100,6 +101,15 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _Trainer(Trainer):
+    """With the cores of all adapted layers computed together in each pass."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass."""
+        with joint_cores(model):
+            return super().training_step(model, *args, **kwargs)
 
 
 def shared_arguments(

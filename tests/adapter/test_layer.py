@@ -67,6 +67,16 @@ def test_lora_factors_are_exact_and_of_the_promised_rank(kind, init, rank):
     assert torch.allclose(product, layer.get_delta_weight("default"), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_factors_lose_little_in_half_precision(dtype):
+    layer = adapted(base_of("linear"), init="sigma")
+    for step in (0.0, 0.01):
+        lora_A, lora_B = perturb(layer, step).lora_factors("default")
+        product = (lora_B.to(dtype) @ lora_A.to(dtype)).float()
+        delta = layer.get_delta_weight("default")
+        assert (product - delta).norm() <= 0.02 * delta.norm()
+
+
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradient_reaches_only_the_inner_pair_and_the_input(kind, init):
