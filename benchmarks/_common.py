@@ -41,8 +41,10 @@ def bytes_saved(model: nn.Module, forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in resident:
             sizes[storage._cdata] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
+        # Detached: what a node saves of its own output would lead back to the node, in a cycle that
+        # no collector sees, and the whole graph would stay.
+        kept.append(tensor.detach())
+        return kept[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()

@@ -12,8 +12,9 @@ peak of a step with weights, gradients and AdamW.
 Without a GPU, bytes and operators of all cases at their real shapes are counted on the meta device
 (bf16, Flux unquantised), where tensors have shapes only. Step times are those of the UNets at small
 latents on the CPU, good for their ratios alone. The result says so.
-Writes `benchmarks/results/families.json`, or `families-cpu.json`, with every aim that could be
-judged and whether it was met.
+Writes `benchmarks/results/families.json`, or `families-shapes.json` (what was counted) and
+`families-cpu.json` (what was timed; `--timed` alone: nothing), with every aim that could be judged
+and whether it was met.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import json
 import os
 import statistics
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from nora_diffusion import NoraConfig
-from nora_diffusion.adapter import deferred_factors, iter_nora_layers
+from nora_diffusion.adapter import deferred_factors, iter_nora_layers, joint_cores
 from nora_diffusion.families import speed
 from nora_diffusion.families.quantise import linears, quantise_layer
 from nora_diffusion.families.skeleton import META, skeleton
@@ -70,6 +71,7 @@ CASES = {
     "flux-1024": Case("black-forest-labs/FLUX.1-dev", 128, True, "nf4"),
 }
 CPU_CASES = ("sd15-512", "sdxl-1024")
+RECORDS = {"real_shapes": "families-shapes", "measured": "families-cpu"}  # without a GPU
 PEAK_AIMS_GB = {"sd15-512": 4, "sdxl-1024": 8, "flux-512": 9}
 
 
@@ -143,6 +145,27 @@ class Bench:
         conditioning = self.conditioning.repeat(batch)
         return self.family.loss(self.denoiser, latents, conditioning, generator).mean()
 
+    def ahead(self) -> AbstractContextManager[None]:
+        """What the recipe has around a forward and backward pass."""
+        blocks = speed.repeated_blocks(self.denoiser)
+        if any(block._compiled_call_impl is not None for block in blocks):
+            return nullcontext()  # they compute their own cores, in the graph
+        return joint_cores(self.denoiser)
+
+    def step(self, batch: int) -> None:
+        """Forward and backward pass."""
+        with self.ahead():
+            self.loss(batch).backward()
+
+    def saved_bytes(self) -> int:
+        """Kept for the backward pass at batch 1."""
+
+        def forward() -> None:
+            with self.ahead():
+                self.loss(1)
+
+        return bytes_saved(self.denoiser, forward)
+
 
 @torch.no_grad()
 def fill(model: nn.Module, mode: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -162,7 +185,7 @@ def fill(model: nn.Module, mode: str, device: torch.device, dtype: torch.dtype) 
 
 def seconds(bench: Bench, batch: int) -> float:
     """Seconds of one forward and backward pass."""
-    elapsed = Stopwatch(bench.device)(lambda: bench.loss(batch).backward())
+    elapsed = Stopwatch(bench.device)(lambda: bench.step(batch))
     for parameter in bench.trained():
         parameter.grad = None
     return elapsed
@@ -175,7 +198,7 @@ def peak_gb(bench: Bench) -> float:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        bench.loss(1).backward()
+        bench.step(1)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -197,10 +220,10 @@ def real_shapes(case: Case) -> dict[str, Any]:
         bench.add(name)
         row["trained_parameters"] = sum(p.numel() for p in bench.trained())
         with LiveMemory():
-            row["saved_for_backward_bytes"] = bytes_saved(bench.denoiser, lambda: bench.loss(1))
+            row["saved_for_backward_bytes"] = bench.saved_bytes()
         with LiveMemory() as memory, Operators() as operators:
             memory.ignore([*bench.denoiser.parameters(), *bench.denoiser.buffers()])
-            bench.loss(1).backward()
+            bench.step(1)
         row["held_at_peak_bytes"] = memory.peak  # activations and the trained gradients
         row["operators_per_step"] = operators.count
         bench.remove()
@@ -218,7 +241,7 @@ def measure(case: Case, device: torch.device, options: argparse.Namespace) -> di
     for name, row in found["variants"].items():
         bench.add(name)
         row["trained_parameters"] = sum(p.numel() for p in bench.trained())
-        row["saved_for_backward_bytes"] = bytes_saved(bench.denoiser, lambda: bench.loss(1))
+        row["saved_for_backward_bytes"] = bench.saved_bytes()
         if on_gpu:
             row["peak_gb"] = round(peak_gb(bench), 3)
             row["kernels_per_step"] = kernels(bench)
@@ -323,9 +346,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     note = options.note
-    results: dict[str, dict[str, Any]] = {}
-    aims: list[dict[str, Any]] = []
-    path = None
+    records: dict[str, dict[str, Any]] = {}
     if not on_gpu:
         note = f"No GPU: times are CPU seconds in float32, at small latents. {note}"
     with tempfile.TemporaryDirectory() as cache:
@@ -336,25 +357,24 @@ def main() -> None:
         if not on_gpu:
             jobs = [("real_shapes", name) for name in cases] + jobs
         for kind, name in jobs:
-            result = results.setdefault(name, {})
             try:
                 if kind == "real_shapes":
-                    result[kind] = real_shapes(CASES[name])
+                    result = {kind: real_shapes(CASES[name])}
                 else:
-                    result[kind] = measure(CASES[name], device, options)
+                    result = {kind: measure(CASES[name], device, options)}
             except torch.cuda.OutOfMemoryError as error:
-                result["out_of_memory"] = str(error).splitlines()[0]
+                result = {"out_of_memory": str(error).splitlines()[0]}
             print(name, json.dumps(result, indent=1), flush=True)
+            record = "families" if on_gpu else RECORDS[kind]
+            results = records.setdefault(record, {})
+            results[name] = result
             aims = [aim for case, found in results.items() for aim in judge(case, found)]
             # After every part: what was measured is kept if a later one fails.
-            path = write_result(
-                "families" if on_gpu else "families-cpu", {**results, "aims": aims}, note.strip()
-            )
+            print(write_result(record, {**results, "aims": aims}, note.strip()))
+            for aim in judge(name, result):
+                if aim["met"] is False:
+                    print("MISSED", aim["case"], aim["aim"], aim["measured"], "aim", aim["at_most"])
             gc.collect()
-    for aim in aims:
-        if aim["met"] is False:
-            print("MISSED", aim["case"], aim["aim"], aim["measured"], "aim", aim["at_most"])
-    print(path)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ projections. Measured for each:
 
 * add: from the bare model to an adapter that is ready, first with nothing in the cache of outer
   factors, then once more from it;
-* a forward pass without gradient: bare, with the adapter beside the weights, and merged; the bare
-  pass runs within every round, and what counts is the median ratio to it;
+* a forward pass without gradient: bare, with the adapter beside the weights, with NoRA's updates
+  kept over passes (`kept_updates`, as in sampling), and merged; the bare pass runs within every
+  round, and what counts is the median ratio to it;
 * merge and unmerge, with the largest relative error of a weight after both;
 * switch: from one of two adapters at hand to the other;
 * bytes that the second adapter of a base adds to memory: NoRA's outer factors are shared.
@@ -41,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import nora_diffusion
 from nora_diffusion import NoraConfig
-from nora_diffusion.adapter import attention_projections
+from nora_diffusion.adapter import attention_projections, kept_updates
 from nora_diffusion.families import load_family
 from nora_diffusion.families.skeleton import skeleton
 from nora_diffusion.train.live_memory import LiveMemory
@@ -229,12 +230,15 @@ def inference(one: Subject, watch: Stopwatch, rounds: int) -> dict[str, float]:
     originals = [layer.get_base_layer().weight.clone() for layer in layers(one.model)]
     switch = {on: each(one.model, lambda layer, on=on: layer.enable_adapters(on)) for on in (0, 1)}
     one.forward()
-    merge_s, unmerge_s, beside, merged = [], [], [], []
+    merge_s, unmerge_s, beside, kept, merged = [], [], [], [], []
     for _ in range(rounds):
         switch[0]()
         bare = watch(one.forward)
         switch[1]()
         beside.append(watch(one.forward) / bare)
+        with kept_updates(one.model):
+            one.forward()  # which computes them
+            kept.append(watch(one.forward) / bare)
         merge_s.append(watch(each(one.model, lambda layer: layer.merge())))
         one.forward()  # the first after a merge finds memory in another state
         merged.append(watch(one.forward) / bare)
@@ -245,6 +249,7 @@ def inference(one: Subject, watch: Stopwatch, rounds: int) -> dict[str, float]:
     ]
     return {
         "forward_beside_over_bare": round(statistics.median(beside), 3),
+        "forward_kept_over_bare": round(statistics.median(kept), 3),
         "forward_merged_over_bare": round(statistics.median(merged), 3),
         "merge_s": round(statistics.median(merge_s), 4),
         "unmerge_s": round(statistics.median(unmerge_s), 4),
@@ -268,11 +273,14 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what a reader must know about the run")
     args = parser.parse_args()
     setting = Setting(device, DTYPES[args.dtype], args.layers, args.rounds)
-    results = {case: measure(case, setting) for case in args.cases}
     name = "overhead" if on_gpu else "overhead-cpu"
     if not on_gpu and args.dtype == "bf16":
         name += "-bf16"
-    print(write_result(name, results, args.note))
+    results: dict[str, Any] = {}
+    for case in args.cases:
+        results[case] = measure(case, setting)
+        gc.collect()
+        print(write_result(name, results, args.note))
 
 
 if __name__ == "__main__":

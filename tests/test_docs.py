@@ -1,7 +1,6 @@
 """What the pages say is tested has a test of that name."""
 
 import ast
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -43,26 +42,3 @@ def test_every_cell_of_the_load_matrix_has_its_proof_or_says_that_it_has_none():
             assert letters and letters <= proofs.keys(), (row, cell)
             used |= letters
     assert used == proofs.keys()
-
-
-def test_the_page_on_memory_shows_the_numbers_that_were_measured():
-    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    record = (ROOT / "benchmarks" / "results" / "families-cpu.json").read_text(encoding="utf-8")
-    results = json.loads(record)["results"]
-    shown = page.partition("<!-- families-cpu.json")[2]
-    for case in results.keys() - {"aims"}:
-        limit, lora, nora = results[case]["real_shapes"]["variants"].values()
-        kept, operators = "saved_for_backward_over_limit_percent", "operators_per_step"
-        cells = [
-            case,
-            f"{limit['saved_for_backward_bytes'] / 1e6:.0f} MB",
-            *(f"{row[kept]:+.3f} %" for row in (lora, nora)),
-            *(f"{row[operators]:,}" for row in (limit, lora, nora)),
-        ]
-        assert "| " + " | ".join(cells) + " |" in shown
-        measured = results[case].get("measured", {"variants": {}})["variants"]
-        for step in ("eager_batch_1", "compiled_batch_4") if measured else ():
-            lora, nora = measured["lora_r16"][step], measured["nora_64_8"][step]
-            ratios = [lora["ratio_to_limit"], nora["ratio_to_limit"], nora["ratio_to_lora"]]
-            label = step.replace("_", ", ", 1).replace("_", " ")
-            assert f"| {case} | {label} | {' | '.join(map(str, ratios))} |" in shown
