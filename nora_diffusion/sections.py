@@ -155,6 +155,12 @@ class Train(Section):
         "factor on the rate it finds, 1.0 as a rule.",
         gt=0,
     )
+    loraplus_lr_ratio: float = setting(
+        3.0,
+        "Learning rate of P, which is train.learning_rate, over that of Q (LoRA+); 1: one rate for "
+        "both, as ever with prodigy.",
+        gt=0,
+    )
     lr_schedule: Literal["constant", "cosine", "linear"] = setting(
         "constant", "Course of the learning rate after the warm-up; cosine and linear end at 0."
     )

@@ -81,17 +81,21 @@ def nora(
     init: str = "orthogonal",
     alpha: float | None = None,
     text_basis: str | None = None,
+    ratio: float = 1.0,
 ) -> Method:
     """A variant of NoRA.
 
     ``alpha`` is the exponent of its timestep law. ``text_basis`` is the basis in the text encoder;
-    without it that of the denoiser, or the weight's for one that is fitted to pictures.
+    without it that of the denoiser, or the weight's for one that is fitted to pictures. ``ratio``
+    is the learning rate of P, which is searched, over that of Q.
     """
     law = "" if alpha is None else f", alpha {alpha:g}"
     law += "" if text_basis is None else f", text {text_basis}"
+    law += "" if ratio == 1 else f", Q at 1/{ratio:g}"
     given = {
         "adapter.r": r, "adapter.inner_r": inner_r, "adapter.basis": basis, "adapter.init": init,
         "text_encoder.r": r, "text_encoder.inner_r": inner_r,
+        "train.loraplus_lr_ratio": ratio,
         "text_encoder.basis": text_basis or ("weight" if basis in DATA_BASES else basis),
     }  # fmt: skip
     if alpha is not None:
@@ -107,7 +111,10 @@ FITTED = nora(init="gradient")
 
 SPLIT = nora(init="gradient", text_basis="random")
 """The fitted start on the weight's directions in the denoiser, and on random ones in its text
-encoder: what is shipped."""
+encoder."""
+
+SHIPPED = nora(init="gradient", text_basis="random", ratio=3.0)
+"""The same with Q at a third of P's learning rate: the defaults of ``nora-dreambooth``."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

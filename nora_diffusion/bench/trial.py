@@ -26,7 +26,7 @@ from nora_diffusion.mini.subjects import Views, subject_views, write_views
 from nora_diffusion.train import adapters, common
 from nora_diffusion.train.dreambooth import train
 from nora_diffusion.train.inputs import Inputs, encode_inputs
-from nora_diffusion.train.optimizers import make_optimizer
+from nora_diffusion.train.optimizers import make_optimizer, rate_groups
 from nora_diffusion.train.processes import ALONE
 from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
@@ -109,7 +109,8 @@ def open_session(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    optimizer = make_optimizer(cfg.train, [(list(parameters.values()), cfg.train.learning_rate)])
+    denoiser = family.components.denoiser_name
+    optimizer = make_optimizer(cfg.train, rate_groups(cfg, parameters, denoiser))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Session(
         cfg=cfg, run=folder, report=report, family=family, inputs=inputs, base_hash=base_hash,

@@ -100,6 +100,34 @@ def make_optimizer(cfg: Train, groups: Groups) -> torch.optim.Optimizer:
     return optimizer
 
 
+def rate_groups(
+    cfg: DreamboothConfig, parameters: Mapping[str, nn.Parameter], denoiser: str
+) -> Groups:
+    """All that is trained with its peak rates: denoiser before text encoders, P before Q.
+
+    Q begins as orthonormal rows, which a fitted start has turned to where the loss falls. At P's
+    rate Adam turns them away within some ten steps (docs/comparison.md); a smaller one is LoRA+'s
+    cure (Hayou et al. 2024, arXiv 2402.12354).
+
+    Args:
+        cfg: of the run.
+        parameters: by name, the component's before the first dot.
+        denoiser: name of that component.
+    """
+    ratio = 1.0 if cfg.train.optimizer == "prodigy" else cfg.train.loraplus_lr_ratio
+    text_rate = cfg.text_encoder.learning_rate or cfg.train.learning_rate
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (of_text, of_Q): [] for of_text in (False, True) for of_Q in (False, True)
+    }
+    for name, parameter in parameters.items():
+        of_text = not name.startswith(f"{denoiser}.")
+        groups[of_text, ratio != 1 and "inner_A" in name].append(parameter)
+    return [
+        (found, (text_rate if of_text else cfg.train.learning_rate) / (ratio if of_Q else 1.0))
+        for (of_text, of_Q), found in groups.items()
+    ]
+
+
 @contextmanager
 def evaluation_weights(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]

@@ -19,7 +19,7 @@ from nora_diffusion.train import adapters, common
 from nora_diffusion.train.checkpoint import Checkpoint
 from nora_diffusion.train.inputs import Inputs, encode_inputs
 from nora_diffusion.train.launcher import deepspeed_settings, fsdp_settings
-from nora_diffusion.train.optimizers import check_optimizer, make_optimizer
+from nora_diffusion.train.optimizers import check_optimizer, make_optimizer, rate_groups
 from nora_diffusion.train.processes import ALONE, Processes
 from nora_diffusion.train.publish import check_upload
 from nora_diffusion.train.report import Report
@@ -85,10 +85,6 @@ def prepare(
         speed.compile_blocks(parts.denoiser)
     parameters = adapters.trained_parameters(models)
     processes.copy_from_first(list(parameters.values()))
-    of_denoiser = [p for n, p in parameters.items() if n.startswith(f"{parts.denoiser_name}.")]
-    of_text = [p for n, p in parameters.items() if not n.startswith(f"{parts.denoiser_name}.")]
-    text_lr = cfg.text_encoder.learning_rate or cfg.train.learning_rate
-    groups = [(of_denoiser, cfg.train.learning_rate), (of_text, text_lr)]
     decay = cfg.train.ema_decay
     narrow = adapters.narrower_than_rank(models)
     report.say(
@@ -98,7 +94,7 @@ def prepare(
         + f", {sum(p.numel() for p in parameters.values()):,} trained parameters"
         + (f", {processes}" if processes.count > 1 else "")
     )
-    optimizer = make_optimizer(cfg.train, groups)
+    optimizer = make_optimizer(cfg.train, rate_groups(cfg, parameters, parts.denoiser_name))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     update = (
         ZeroUpdate(parameters, optimizer, deepspeed_settings(cfg))

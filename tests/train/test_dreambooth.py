@@ -19,7 +19,7 @@ from nora_diffusion.adapter import iter_nora_layers
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import UserError, load_config, load_run
 from nora_diffusion.events import read_events
-from nora_diffusion.train import adapters, dreambooth
+from nora_diffusion.train import adapters, common, dreambooth
 from nora_diffusion.train.checkpoint import newest_checkpoint
 from nora_diffusion.train.common import START_BATCHES, TrainingDiverged, TrainingInterrupted
 from nora_diffusion.train.prepare import prepare
@@ -147,12 +147,46 @@ def test_text_encoder_has_its_own_rank_and_learning_rate(make_config, tmp_path):
         for component, model in session.models.items()
     }
     assert shapes == {"unet": {(2, 8)}, "text_encoder": {(3, 6)}}
-    rates = {
-        group["peak_lr"]: {id(p) for p in group["params"]}
-        for group in session.optimizer.param_groups
+    assert rates_of(session) == {
+        ("unet", "B"): 5e-3,
+        ("unet", "A"): 5e-3 / 3,
+        ("text_encoder", "B"): 1e-4,
+        ("text_encoder", "A"): 1e-4 / 3,
     }
-    text = {id(p) for n, p in session.parameters.items() if n.startswith("text_encoder.")}
-    assert rates[1e-4] == text and rates.keys() == {1e-4, 5e-3}
+
+
+def rates_of(session) -> dict[tuple[str, str], float]:
+    """Peak learning rate by component and side of the inner pair."""
+    names = {id(p): name for name, p in session.parameters.items()}
+    found = {}
+    for group in session.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            key = name.split(".")[0], re.search(r"inner_([AB])", name)[1]
+            assert found.setdefault(key, group["peak_lr"]) == group["peak_lr"]
+    assert not names
+    return found
+
+
+@pytest.mark.parametrize(
+    ("train", "rates"),
+    [
+        ({}, {"B": 5e-3, "A": 5e-3 / 3}),
+        ({"loraplus_lr_ratio": 10}, {"B": 5e-3, "A": 5e-4}),
+        ({"loraplus_lr_ratio": 1}, {"B": 5e-3, "A": 5e-3}),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, {"B": 1.0, "A": 1.0}),
+    ],
+)
+def test_q_learns_at_a_share_of_the_rate_of_p(make_config, tmp_path, train, rates):
+    if train.get("optimizer") == "prodigy":
+        pytest.importorskip("prodigyopt")
+    cfg = make_config(train={"steps": 2, "learning_rate": 5e-3, "lr_warmup_steps": 0, **train})
+    session = prepared(cfg, tmp_path)
+    assert rates_of(session) == {("unet", side): rate for side, rate in rates.items()}
+    # What is reported is the rate of the config.
+    assert common.set_lr(session.optimizer, 0.5) == pytest.approx(
+        0.5 * rates["B"] * session.optimizer.param_groups[0].get("d", 1.0)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
