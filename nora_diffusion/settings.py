@@ -314,6 +314,7 @@ def check_expression(given_as: str, text: str, cure: str) -> None:
 
 
 _CALLED_ELSEWHERE = {
+    "loraplus_unet_lr_ratio": "loraplus_lr_ratio",
     "lr": "learning_rate", "unet_lr": "learning_rate", "network_dim": "r", "rank": "r", "dim": "r",
     "network_alpha": "scaling", "alpha": "scaling", "lora_alpha": "scaling",
     "epochs": "steps", "max_train_steps": "steps", "max_train_epochs": "steps",

@@ -105,9 +105,9 @@ def rate_groups(
 ) -> Groups:
     """All that is trained with its peak rates: denoiser before text encoders, P before Q.
 
-    Q begins as orthonormal rows, which a fitted start has turned to where the loss falls. At P's
-    rate Adam turns them away within some ten steps (docs/comparison.md); a smaller one is LoRA+'s
-    cure (Hayou et al. 2024, arXiv 2402.12354).
+    A core is linear in P as long as Q stays as a fitted start has turned it. At P's rate Adam turns
+    it further than at a third of it, which costs text and backgrounds (docs/comparison.md); two
+    rates are those of LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
 
     Args:
         cfg: of the run.

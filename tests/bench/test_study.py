@@ -17,6 +17,7 @@ from nora_diffusion.bench.methods import (
     FITTED,
     PAPER,
     RATES,
+    SHIPPED,
     SPLIT,
     VARIANTS,
     lora,
@@ -88,7 +89,7 @@ def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger)
     scores = [row["score"] for row in results["variants"]]
     assert scores == sorted(scores, reverse=True)
     names = {line["method"] for line in results["summary"]}
-    always = {PAPER.name, FITTED.name, SPLIT.name}  # whether among the best four or not
+    always = {PAPER.name, FITTED.name, SPLIT.name, SHIPPED.name}  # whether among the best four or not
     assert names >= {m.name for m in BASELINES} | always
     assert len(names - {m.name for m in BASELINES} - always) in (2, 3, 4)
     assert not any("random" in name for name in names - always)
@@ -121,7 +122,7 @@ def test_trainings_of_more_steps_have_a_search_of_their_own(ledger):
     results = run_longer(replace(PLAN, steps=4 * PLAN.steps), ledger, lambda row: None)
     assert [line["method"] for line in results["summary"]] == [method.name for method in LONGER]
     assert {row["steps"] for row in results["rows"]} == {4 * PLAN.steps}
-    assert SPLIT in LONGER and set(REFERENCES) <= {method.name for method in LONGER}
+    assert SHIPPED in LONGER and set(REFERENCES) <= {method.name for method in LONGER}
 
 
 def test_a_training_that_diverged_scores_nothing_and_counts():
