@@ -89,7 +89,12 @@ def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger)
     scores = [row["score"] for row in results["variants"]]
     assert scores == sorted(scores, reverse=True)
     names = {line["method"] for line in results["summary"]}
-    always = {PAPER.name, FITTED.name, SPLIT.name, SHIPPED.name}  # whether among the best four or not
+    always = {
+        PAPER.name,
+        FITTED.name,
+        SPLIT.name,
+        SHIPPED.name,
+    }  # whether among the best four or not
     assert names >= {m.name for m in BASELINES} | always
     assert len(names - {m.name for m in BASELINES} - always) in (2, 3, 4)
     assert not any("random" in name for name in names - always)
