@@ -156,9 +156,9 @@ class Train(Section):
         gt=0,
     )
     loraplus_lr_ratio: float = setting(
-        3.0,
-        "Learning rate of P, which is train.learning_rate, over that of Q (LoRA+); 1: one rate for "
-        "both, as ever with prodigy.",
+        1.0,
+        "Learning rate of P, which is train.learning_rate, over that of Q (LoRA+; "
+        "docs/training.md); 1: one rate for both, as ever with prodigy.",
         gt=0,
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = setting(

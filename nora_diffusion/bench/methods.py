@@ -111,10 +111,10 @@ FITTED = nora(init="gradient")
 
 SPLIT = nora(init="gradient", text_basis="random")
 """The fitted start on the weight's directions in the denoiser, and on random ones in its text
-encoder."""
+encoder: what is shipped."""
 
-SHIPPED = nora(init="gradient", text_basis="random", ratio=3.0)
-"""The same with Q at a third of P's learning rate: the defaults of ``nora-dreambooth``."""
+TWO_RATES = nora(init="gradient", text_basis="random", ratio=3.0)
+"""The same with Q at a third of P's learning rate, as in LoRA+."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

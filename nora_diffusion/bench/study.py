@@ -24,8 +24,8 @@ from nora_diffusion.bench.methods import (
     BASELINES,
     FITTED,
     PAPER,
-    SHIPPED,
     SPLIT,
+    TWO_RATES,
     VARIANTS,
     Method,
     lora,
@@ -45,10 +45,10 @@ ABLATION = (
     nora(),
     FITTED,
     SPLIT,
-    SHIPPED,
+    TWO_RATES,
     lora("LoRA r 16", 16),
 )
-LONGER = (SHIPPED, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
+LONGER = (TWO_RATES, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     study = Study(plan, ledger, save)
     study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    study.search((FITTED, SPLIT, SHIPPED, *finalists, *plan.baselines))
-    ours = {method.name: method for method in (PAPER, FITTED, SPLIT, SHIPPED, *finalists)}
+    study.search((FITTED, SPLIT, TWO_RATES, *finalists, *plan.baselines))
+    ours = {method.name: method for method in (PAPER, FITTED, SPLIT, TWO_RATES, *finalists)}
     study.final((*plan.baselines, *ours.values()))
     return study.results
 

@@ -105,9 +105,8 @@ def rate_groups(
 ) -> Groups:
     """All that is trained with its peak rates: denoiser before text encoders, P before Q.
 
-    A core is linear in P as long as Q stays as a fitted start has turned it. At P's rate Adam turns
-    it further than at a third of it, which costs text and backgrounds (docs/comparison.md); two
-    rates are those of LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
+    Q may learn at a share of P's rate, as in LoRA+ (Hayou et al. 2024, arXiv 2402.12354), to stay
+    nearer to where a fitted start has turned it.
 
     Args:
         cfg: of the run.

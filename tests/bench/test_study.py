@@ -17,8 +17,8 @@ from nora_diffusion.bench.methods import (
     FITTED,
     PAPER,
     RATES,
-    SHIPPED,
     SPLIT,
+    TWO_RATES,
     VARIANTS,
     lora,
     nora,
@@ -93,7 +93,7 @@ def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger)
         PAPER.name,
         FITTED.name,
         SPLIT.name,
-        SHIPPED.name,
+        TWO_RATES.name,
     }  # whether among the best four or not
     assert names >= {m.name for m in BASELINES} | always
     assert len(names - {m.name for m in BASELINES} - always) in (2, 3, 4)
@@ -127,7 +127,7 @@ def test_trainings_of_more_steps_have_a_search_of_their_own(ledger):
     results = run_longer(replace(PLAN, steps=4 * PLAN.steps), ledger, lambda row: None)
     assert [line["method"] for line in results["summary"]] == [method.name for method in LONGER]
     assert {row["steps"] for row in results["rows"]} == {4 * PLAN.steps}
-    assert SHIPPED in LONGER and set(REFERENCES) <= {method.name for method in LONGER}
+    assert SPLIT in LONGER and set(REFERENCES) <= {method.name for method in LONGER}
 
 
 def test_a_training_that_diverged_scores_nothing_and_counts():
@@ -241,10 +241,10 @@ def test_what_is_shipped_is_level_with_lora_r_16_and_above_its_own_size():
     lines = {line["method"]: line for line in recorded("methods")["summary"]}
     assert {line["runs"] for line in lines.values()} == {24}
     best = sorted(lines, key=lambda name: -lines[name]["score"])
-    assert best[:5] == ["LoRA r 64", "DoRA r 4", SHIPPED.name, SPLIT.name, "LoRA r 16"]
-    ours, fitted = lines[SHIPPED.name], lines[FITTED.name]
+    assert best[:5] == ["LoRA r 64", "DoRA r 4", TWO_RATES.name, SPLIT.name, "LoRA r 16"]
+    ours, fitted = lines[SPLIT.name], lines[FITTED.name]
     differences = {other: ours["against"][other]["score"] for other in REFERENCES}
-    assert differences["LoRA r 1"]["low"] == pytest.approx(0, abs=1e-3)
+    assert differences["LoRA r 1"]["low"] > 0
     assert all(differences[r]["low"] < 0 < differences[r]["mean"] for r in REFERENCES[1:])
     assert differences["LoRA r 16"]["mean"] < 0.005
     text = ours["against"]["LoRA r 16"]["text_adapted"]
@@ -258,9 +258,9 @@ def test_what_is_shipped_is_level_with_lora_r_16_and_above_its_own_size():
 def test_a_smaller_rate_of_q_keeps_text_and_backgrounds():
     """What docs/comparison.md says of the two rates."""
     rows = [{**row, "score": score(row)} for row in recorded("methods")["rows"]]
-    of = {m.name: [row for row in rows if row["method"] == m.name] for m in (SHIPPED, SPLIT)}
+    of = {m.name: [row for row in rows if row["method"] == m.name] for m in (TWO_RATES, SPLIT)}
     found = {
-        key: paired_interval(of[SHIPPED.name], of[SPLIT.name], key)
+        key: paired_interval(of[TWO_RATES.name], of[SPLIT.name], key)
         for key in ("text_adapted", "background_adapted", "score")
     }
     shown = [found["text_adapted"][key] for key in ("mean", "low", "high")]
@@ -268,6 +268,48 @@ def test_a_smaller_rate_of_q_keeps_text_and_backgrounds():
     shown = [found["background_adapted"][key] for key in ("mean", "low", "high")]
     assert [round(100 * number) for number in shown] == [3, 1, 6]
     assert found["score"]["low"] < 0 < found["score"]["high"]
+
+
+def test_in_more_steps_one_rate_does_better():
+    """What docs/comparison.md says of 400 steps, and that one rate is the default."""
+    lines = {line["method"]: line for line in recorded("longer")["summary"]}
+    one, two = lines[SPLIT.name], lines[TWO_RATES.name]
+    assert one["score"] > two["score"] and one["text_adapted"] > two["text_adapted"]
+    assert (
+        one["against"]["LoRA r 2"]["score"]["low"] > 0 > one["against"]["LoRA r 1"]["score"]["low"]
+    )
+    assert one["score"] > lines["LoRA r 1"]["score"] > two["score"] > lines["LoRA r 2"]["score"]
+    assert (
+        one["against"]["LoRA r 16"]["score"]["high"]
+        > 0
+        > one["against"]["LoRA r 16"]["score"]["mean"]
+    )
+    assert one["against"]["LoRA r 16"]["text_adapted"]["high"] < 0
+    assert Train().loraplus_lr_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "steps", "runs", "numbers"),
+    [
+        (SPLIT, 0.012, 100, 24, (0.042, 0.515, 0.97)),
+        (TWO_RATES, 0.006, 400, 8, (0.143, 0.518, 0.97)),
+        (SPLIT, 0.006, 400, 8, (0.160, 0.509, 0.97)),
+    ],
+)
+def test_a_smaller_rate_for_both_does_most_of_it(method, rate, steps, runs, numbers):
+    """What docs/comparison.md says beside the two rates: of trials that no study asked for."""
+    lines = map(json.loads, (RESULTS / "trials.jsonl").read_text().splitlines())
+    found = [
+        row
+        for row in lines
+        if (row["method"], row["learning_rate"], row["steps"]) == (method.name, rate, steps)
+        and row["subject"] in SUBJECTS
+    ]
+    shown = [
+        statistics.mean(map(score, found)),
+        *(statistics.mean(row[k] for row in found) for k in ("text_adapted", "background_adapted")),
+    ]
+    assert len(found) == runs and shown == pytest.approx(numbers, abs=0.0015)
 
 
 def test_two_seeds_differ_by_as_much_as_the_guideline_says():

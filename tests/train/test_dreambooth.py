@@ -139,7 +139,7 @@ def test_a_module_narrower_than_r_is_told_of_and_no_warning(make_config, tmp_pat
 def test_text_encoder_has_its_own_rank_and_learning_rate(make_config, tmp_path):
     cfg = make_config(
         text_encoder={"train": True, "r": 6, "inner_r": 3, "learning_rate": 1e-4},
-        train={"steps": 4, "batch_size": 2, "learning_rate": 5e-3},
+        train={"steps": 4, "batch_size": 2, "learning_rate": 5e-3, "loraplus_lr_ratio": 3},
     )
     session = prepared(cfg, tmp_path)
     shapes = {
@@ -171,13 +171,12 @@ def rates_of(session) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize(
     ("train", "rates"),
     [
-        ({}, {"B": 5e-3, "A": 5e-3 / 3}),
+        ({}, {"B": 5e-3, "A": 5e-3}),
         ({"loraplus_lr_ratio": 10}, {"B": 5e-3, "A": 5e-4}),
-        ({"loraplus_lr_ratio": 1}, {"B": 5e-3, "A": 5e-3}),
-        ({"optimizer": "prodigy", "learning_rate": 1.0}, {"B": 1.0, "A": 1.0}),
+        ({"optimizer": "prodigy", "learning_rate": 1, "loraplus_lr_ratio": 3}, {"B": 1, "A": 1}),
     ],
 )
-def test_q_learns_at_a_share_of_the_rate_of_p(make_config, tmp_path, train, rates):
+def test_q_may_learn_at_a_share_of_the_rate_of_p(make_config, tmp_path, train, rates):
     if train.get("optimizer") == "prodigy":
         pytest.importorskip("prodigyopt")
     cfg = make_config(train={"steps": 2, "learning_rate": 5e-3, "lr_warmup_steps": 0, **train})
