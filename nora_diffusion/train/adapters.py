@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from peft.mapping import inject_adapter_in_model
 from torch import Tensor, nn
 
-from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers
+from nora_diffusion.adapter import Factors, NoraConfig, iter_nora_layers, joint_cores
 from nora_diffusion.adapter.components import adaptable_modules, ignore_lowered_ranks
 from nora_diffusion.adapter.factors import DATA_BASES
 from nora_diffusion.adapter.start import fit_start
@@ -125,6 +126,16 @@ def trained_parameters(models: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
             found[f"{component}.{name}.inner_A"] = layer.nora_inner_A[NAME]
             found[f"{component}.{name}.inner_B"] = layer.nora_inner_B[NAME]
     return found
+
+
+def cores_ahead(
+    cfg: DreamboothConfig, models: Mapping[str, nn.Module]
+) -> AbstractContextManager[None]:
+    """For one forward and backward pass: ``joint_cores``, where they are not better left alone."""
+    # Compiled layers fuse their own; offloaded ones are on the GPU for their turn alone.
+    if cfg.model.compile or cfg.model.offload != "none":
+        return nullcontext()
+    return joint_cores(*models.values())
 
 
 def narrower_than_rank(models: dict[str, nn.Module]) -> list[str]:

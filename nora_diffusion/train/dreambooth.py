@@ -8,20 +8,18 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nora_diffusion.adapter import joint_cores
 from nora_diffusion.adapter.switch import switched_off
 from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, save_config
 from nora_diffusion.families import locate
 from nora_diffusion.families.base import Conditioning, Family, resolve_device
 from nora_diffusion.run_folder import open_folder
-from nora_diffusion.train import common, resuming
+from nora_diffusion.train import adapters, common, resuming
 from nora_diffusion.train.checkpoint import newest_path
 from nora_diffusion.train.inputs import Batch
 from nora_diffusion.train.launcher import check_launcher
@@ -151,28 +149,19 @@ def accumulate_gradients(session: Session, micro_step: int) -> float:
     count = session.step * cfg.gradient_accumulation_steps + micro_step
     batch = inputs.batch(count, cfg.batch_size, processes.part)
     last_pass = micro_step == cfg.gradient_accumulation_steps - 1
-    with _cores_ahead(session):
+    with adapters.cores_ahead(session.cfg, session.models):
         losses = _subject_losses(session, batch, generator)
         loss = (losses * batch.weights).mean() / cfg.gradient_accumulation_steps
         session.update.backward(loss, last=last_pass and cfg.prior != "base_prediction")
     total = loss.item()
     if cfg.prior == "base_prediction":
         # Backward apart from the subject's: half the activations are alive at a time.
-        with _cores_ahead(session):
+        with adapters.cores_ahead(session.cfg, session.models):
             losses = _base_prediction_losses(session, batch, generator)
             loss = cfg.prior_weight * losses.mean() / cfg.gradient_accumulation_steps
             session.update.backward(loss, last=last_pass)
         total += loss.item()
     return total
-
-
-def _cores_ahead(session: Session) -> AbstractContextManager[None]:
-    """Cores for one forward and backward pass, where they are not better left to each layer."""
-    model = session.cfg.model
-    # Compiled layers fuse their own; offloaded ones are on the GPU for their turn alone.
-    if model.compile or model.offload != "none":
-        return nullcontext()
-    return joint_cores(*session.models.values())
 
 
 def _subject_losses(session: Session, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -298,12 +298,14 @@ def _activations(
     given = conditioning.repeat(size)
 
     def step() -> None:
-        encoded = _conditioning(cfg, family, size) if cfg.text_encoder.train else given
         generator = torch.Generator().manual_seed(0)
-        losses = family.loss(
-            family.components.denoiser, batch, encoded, generator, options=loss_options(cfg.train)
-        )
-        losses.mean().backward()
+        with adapters.cores_ahead(cfg, models):
+            encoded = _conditioning(cfg, family, size) if cfg.text_encoder.train else given
+            losses = family.loss(
+                family.components.denoiser, batch, encoded, generator,
+                options=loss_options(cfg.train),
+            )  # fmt: skip
+            losses.mean().backward()
 
     held, _ = _held([*_present(family), batch, *tensors_of(given)], step)
     return held - bytes_of(p for p in adapters.trained_parameters(models).values())
