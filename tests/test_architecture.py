@@ -76,7 +76,8 @@ MAY_IMPORT = {
         "language_config",
         "vision_language_config",
     },
-    "train.trainer": BASE | {"language_config", "vision_language_config", "run_command", "train"},
+    "train.trainer": BASE
+    | {"adapter", "language_config", "vision_language_config", "run_command", "train"},
     "train.vision_language": BASE
     | {"adapter", "data", "evaluation", "families", "vision_language_config", "run_command"}
     | {"train"},

@@ -80,14 +80,14 @@ def test_latents_are_found_by_name_wherever_they_stand():
 
 
 def test_a_law_without_timesteps_is_warned_of_once(monkeypatch):
-    monkeypatch.setattr("nora_diffusion.adapter.layer._WARNED", set())
+    monkeypatch.setattr("nora_diffusion.adapter.update._WARNED", set())
     pipe = tiny_pipeline()
     adapt(pipe, text_encoders=False, timestep_rank=LAW)
     with pytest.warns(UserWarning, match="not told the timestep.*attach_timestep_rank") as told:
         call(pipe.unet, 500)
         call(pipe.unet, 500)
     assert sum("not told the timestep" in str(warning.message) for warning in told) == 1
-    monkeypatch.setattr("nora_diffusion.adapter.layer._WARNED", set())
+    monkeypatch.setattr("nora_diffusion.adapter.update._WARNED", set())
     attach_timestep_rank(pipe.unet, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
