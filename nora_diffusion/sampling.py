@@ -218,9 +218,9 @@ def sample_conditioning(
     pairs = [(row, seed) for row in range(len(conditioning)) for seed in seeds]
     size = max(1, min(16, _BATCH_PX // (width * height)))
     images: list[Image.Image] = []
-    for start in range(0, len(pairs), size):
-        batch = pairs[start : start + size]
-        with kept_updates(family.components.denoiser):
+    with kept_updates(family.components.denoiser):
+        for start in range(0, len(pairs), size):
+            batch = pairs[start : start + size]
             drawn = family.sample(
                 conditioning.select([row for row, _ in batch]),
                 negative.repeat(len(batch)),
@@ -230,7 +230,7 @@ def sample_conditioning(
                 width_px=width,
                 height_px=height,
             )
-        images += screened(family, drawn)
+            images += screened(family, drawn)
     columns = len(seeds)
     return [images[row * columns : (row + 1) * columns] for row in range(len(conditioning))]
 

@@ -20,14 +20,14 @@ def answers(
     room = max(len(processor.tokenizer(record.answer)["input_ids"]) for record in records) + 4
     model.eval()
     said = []
-    for start in range(0, len(records), batch_size):
-        items = [encode(processor, r, False) for r in records[start : start + batch_size]]
-        batch = collate(items, pad_id, left=True)
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        with kept_updates(model):
+    with kept_updates(model):
+        for start in range(0, len(records), batch_size):
+            items = [encode(processor, r, False) for r in records[start : start + batch_size]]
+            batch = collate(items, pad_id, left=True)
+            batch = {key: value.to(model.device) for key, value in batch.items()}
             out = model.generate(**batch, max_new_tokens=room, do_sample=False, pad_token_id=pad_id)
-        new = out[:, batch["input_ids"].shape[1] :]
-        said += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            new = out[:, batch["input_ids"].shape[1] :]
+            said += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in said]
 
 
