@@ -190,13 +190,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _campaign(args: argparse.Namespace) -> int:
     from nora_diffusion.campaign.runs import Options, run_campaign
-    from nora_diffusion.campaign.subjects import read_table
+    from nora_diffusion.campaign.subjects import check_bases, read_table
     from nora_diffusion.campaign.summary import show_table, start_summary
 
     out = Path(args.out).expanduser().resolve()
     check_out(out)
     runs = read_table(args.table, args.config, args.overrides, args.preset, out)
     if args.dry_run:
+        from nora_diffusion.train.memory import foresee
+
+        check_bases(runs, args.table, lambda config: foresee(config, 1, (), 1))
         print(show_table(start_summary(runs, out), out))
         return 0
     options = Options(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -26,6 +26,16 @@ class Section(BaseModel):
             name: None if value == "none" and name in fields and nullable(fields[name]) else value
             for name, value in cast(dict[str, Any], data).items()
         }
+
+    @field_validator("*")
+    @classmethod
+    def _more_than_spaces(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where a text must not be empty, spaces alone are as good as none."""
+        if isinstance(value, str) and value.isspace():
+            limits = cls.model_fields[str(info.field_name)].metadata
+            if any(isinstance(limit, MinLen) for limit in limits):
+                raise ValueError("blank")  # told in the user's terms by settings.validate
+        return value
 
 
 class RunConfig(Section):

@@ -115,6 +115,18 @@ def test_a_folder_of_photos_called_as_a_log_needs_a_name(tmp_path, capsys):
     assert [run.name for run in read_table(path, "mini", [], None, tmp_path / "out")] == ["x"]
 
 
+def test_a_dry_run_tells_once_what_does_not_fit_the_base(tmp_path, capsys):
+    path = table(
+        tmp_path / "s.csv",
+        "subject,class_name,name,adapter.target_modules",
+        *(f"{PHOTOS},toy,{name},{given}" for name, given in (("a", ""), ("b", "x"), ("c", "x"))),
+    )
+    told = refused(capsys, str(path), "--out", str(tmp_path / "out"), "--dry-run")
+    assert "1 problem" in told
+    assert "line 3 (and 1 more with the same settings): adapter.target_modules = ['x']" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_line_of_spaces_is_an_empty_line(tmp_path):
     path = table(tmp_path / "s.csv", "  ", "subject,class_name", "   ", f"{PHOTOS},toy", " , ")
     (run,) = read_table(path, "mini", [], None, tmp_path / "out")

@@ -154,6 +154,8 @@ def test_all_problems_are_reported_at_once_each_naming_key_value_and_cure(toml):
         (["--text_encoder.r", "2"], "text_encoder.inner_r = 8: must be at most text_encoder.r = 2"),
         (["--train.seed", "-1"], "train.seed = -1: must be a whole number >= 0"),
         (["--data.trigger", ""], 'data.trigger = "": must be a non-empty text'),
+        (["--data.class_name", "  "], 'data.class_name = "  ": must be a non-empty text'),
+        (["--data.subjects", '{ path = " " }'], 'data.subjects[0].path = " ": must be a non-empty'),
     ],
 )  # fmt: skip
 def test_messages_for_overrides(toml, override, message):

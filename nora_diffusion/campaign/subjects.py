@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,34 @@ def read_table(
         problems.sort(key=lambda text: int(text.split(":")[0].removeprefix("line ")))
         raise ConfigError(problems, str(path))
     return runs
+
+
+def check_bases(
+    runs: Sequence[SubjectRun], path: str | Path, check: Callable[[DreamboothConfig], object]
+) -> None:
+    """Find out which settings do not fit their base, once for all lines that share them.
+
+    Args:
+        runs: of the table.
+        path: of the table.
+        check: raises a `UserError` where settings do not fit.
+
+    Raises:
+        ConfigError: naming every problem with its line.
+    """
+    own = {"data": {"subject", "class_name", "trigger"}, "output": True}
+    alike: dict[str, list[SubjectRun]] = {}
+    for run in runs:
+        alike.setdefault(run.config.model_dump_json(exclude=own), []).append(run)
+    problems = []
+    for first, *others in alike.values():
+        try:
+            check(first.config)
+        except UserError as error:
+            as_well = f" (and {len(others)} more with the same settings)" if others else ""
+            problems.append(f"line {first.line}{as_well}: {error}")
+    if problems:
+        raise ConfigError(problems, str(path))
 
 
 def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -211,13 +211,16 @@ def train_one(
     steps = min(config.train.steps, config.train.steps_per_shot * shots)
     warmup = min(config.train.lr_warmup_steps, steps // 10)
     generator, losses, begin = torch.Generator().manual_seed(seed), [], time.perf_counter()
+    with torch.no_grad():  # the prompts stay where they are unless their tower is adapted
+        frozen = None if "language" in config.adapter.towers else base.embed_texts(prompts)
     model.train()
     for step in range(steps):
         index = _next_batch(len(few.labels), config.train.batch_size, step, seed)
         pixels, labels = few.pixels[index], few.labels[index]
         with joint_cores(model):
             images = base.embed_images(augment(pixels, generator))
-            logits = base.scale * images @ base.embed_texts(prompts).T
+            texts = base.embed_texts(prompts) if frozen is None else frozen
+            logits = base.scale * images @ texts.T
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)

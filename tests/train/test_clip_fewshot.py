@@ -1,5 +1,6 @@
 """``nora vlm`` on a folder of classes: zero-shot, LoRA and NoRA; the test pictures stay unread."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -185,6 +186,23 @@ def test_towers_choose_the_modules(config):
     assert len(base.targets(("vision",))) == len(base.targets(("language",))) == 8
     names = {n.rpartition(".")[2] for n in base.targets(("vision", "language"))}
     assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+@pytest.mark.parametrize(("towers", "times"), [("vision", 1), ("vision,language", 6)])
+def test_prompts_are_embedded_again_only_where_their_tower_learns(config, towers, times):
+    """In six steps; once more for the test."""
+    settings = config(f"adapter.towers={towers}", "train.steps=6", "few_shot.lora_ranks=[]")
+    base = load_clip_base(settings.model.base, torch.float32, torch.device("cpu"))
+    train, test = read_pools(settings, base.prepare)
+    prompts = base.tokenise([f"a photo of a {c}" for c in train.classes])
+    calls = []
+    counted = dataclasses.replace(
+        base, embed_texts=lambda ids: calls.append(1) or base.embed_texts(ids)
+    )
+    (method,) = methods(settings, base)
+    few = choose_shots(train, 1, seed=0)
+    row, _ = clip_fewshot.train_one(settings, counted, method, few, test, prompts, 1, 0)
+    assert row.steps == 6 and len(calls) == times + 1
 
 
 def test_crops_keep_size_and_stay_inside(config):
