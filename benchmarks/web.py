@@ -25,7 +25,8 @@ from _common import write_result
 from nora_diffusion import load_pipeline, save_adapter
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
 from webui.paths import DataFolder, new_id
-from webui.sampler import Drawn, Request, Sampler, Weighted
+from webui.protocol import Request, Weighted
+from webui.sampler import Drawn, Sampler
 
 BASE = Request("mini", "a flower on the beach", n=4, steps=25, guidance=3.0)
 AIMS_S = {

@@ -13,10 +13,10 @@ import gradio as gr
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from nora_diffusion.config import UserError
+from webui.bases import bases
 from webui.jobs import JobView
 from webui.messages import owner_of
-from webui.recipe import bases
-from webui.sampler import Request, Weighted
+from webui.protocol import Request, Weighted
 from webui.studio import Studio
 
 SAMPLING = "sampling"
@@ -165,8 +165,8 @@ class Endpoints:
         owner = owner_of(request)
         given = [_uploaded(self.studio, file, number) for number, file in enumerate(files, start=1)]
         if rights:
-            self.studio.subjects.confirm_rights(owner)
-        elif not self.studio.subjects.has_rights(owner):
+            self.studio.subjects.rights.confirm(owner)
+        elif not self.studio.subjects.rights.confirmed(owner):
             raise UserError(
                 "rights: give true once, if you have the right to use these photos; "
                 "nothing was kept"

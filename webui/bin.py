@@ -24,10 +24,8 @@ DAY_S = 86_400
 DAYS_IN_BIN = 30
 
 
-def owned(
-    session: Session, table: type[Row], what: str, owner: str, id: str, in_bin: bool = False
-) -> Row:
-    """The row of somebody's own thing, called ``what`` in messages, in the bin or out of it.
+def owned(session: Session, table: type[Row], owner: str, id: str, in_bin: bool = False) -> Row:
+    """The row of somebody's own thing, in the bin or out of it.
 
     Raises:
         UserError: when this owner has none of that id there.
@@ -35,7 +33,8 @@ def owned(
     row = session.get(table, id)
     if row is None or row.owner != owner or (row.deleted_at is not None) != in_bin:
         where = "in the bin" if in_bin else "here"
-        raise UserError(f"there is no such {what} {where} any more; load the page again")
+        thing = table.__name__.lower()
+        raise UserError(f"there is no such {thing} {where} any more; load the page again")
     return row
 
 

@@ -232,9 +232,11 @@ def queued(session: Session) -> list[Job]:
     )
 
 
-def is_working(sessions: Sessions) -> bool:
-    """Whether a run of anybody is at work."""
+def is_working(sessions: Sessions, subject_id: str | None = None) -> bool:
+    """Whether a run is at work: of anybody, or with the photos of one subject."""
     working = select(Job.id).where(Job.state.in_(("running", "stopping")))
+    if subject_id is not None:
+        working = working.where(Job.subject_id == subject_id)
     with sessions() as session:
         return session.scalar(working.limit(1)) is not None
 

@@ -1,14 +1,23 @@
-"""``nora export`` as a process of its own: it loads torch and a base model, and then ends."""
+"""Adapters as files to download, in the layouts of other programs.
+
+``nora export`` makes them as a process of its own: it loads torch and a base model, and then ends.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Literal
 
 from nora_diffusion.config import UserError
-from webui.paths import DataFolder
+from webui.library_files import LORA, LibraryFiles, copy_whole
+from webui.models import Adapter
+from webui.paths import DataFolder, file_stem
+
+Layout = Literal["native", "diffusers", "kohya"]
 
 COMMAND = (
     sys.executable,
@@ -20,7 +29,45 @@ _PREFIX = "nora: error: "
 LIMIT_S = 1800.0
 
 
-def export(folder: DataFolder, source: Path, out: Path, layout: str, base: str) -> None:
+class Exports:
+    """The files that were asked for; each is made once, and kept until the adapter changes."""
+
+    def __init__(self, files: LibraryFiles) -> None:
+        self.files = files
+        self._one_at_a_time = threading.Lock()  # each loads a base model
+
+    def file(self, adapter: Adapter, layout: Layout) -> Path:
+        """The file in a layout, under a name that says what it is.
+
+        ``native`` is the file as it is; the others are made by ``nora export`` where the run did
+        not leave them.
+
+        Raises:
+            UserError: when its family has no such layout.
+        """
+        if layout != "native" and adapter.kind == "lora":
+            raise UserError("this is a LoRA already; only NoRA adapters can be exported as one")
+        ending = f"-lora-{layout}" if layout != "native" else "-nora" * (adapter.kind == "nora")
+        place = self.files.exports(adapter.id) / layout
+        named = place / f"{file_stem(adapter.name)}{ending}.safetensors"
+        source = self.files.adapter(adapter)
+        left_by_run = source.with_name(LORA)
+        with self._one_at_a_time:
+            made = next(place.glob("*.safetensors"), None)
+            if made is not None:
+                made.replace(named)  # the adapter may have been renamed since
+                return named
+            place.mkdir(parents=True, exist_ok=True)
+            if layout == "native":
+                copy_whole(source, named)
+            elif layout == "diffusers" and left_by_run.is_file():
+                copy_whole(left_by_run, named)
+            else:
+                _export(self.files.folder, source, named, layout, adapter.base)
+        return named
+
+
+def _export(folder: DataFolder, source: Path, out: Path, layout: str, base: str) -> None:
     """Write an adapter as a LoRA in a layout.
 
     Args:

@@ -24,6 +24,7 @@ from nora_diffusion.families import built_in_version
 from nora_diffusion.schema import get_key
 from webui import runner
 from webui.database import Sessions
+from webui.dispatcher import is_working
 from webui.models import Job
 from webui.paths import DataFolder, new_id
 from webui.progress import seconds_a_step
@@ -115,7 +116,7 @@ class Forecasts:
         """A forecast with what runs have told since; None: it is to be made anew."""
         step_s, origin = self._earlier(config)
         if step_s is None:
-            return None if known.origin == WAITS and not self._busy() else known
+            return None if known.origin == WAITS and not is_working(self.sessions) else known
         with self._lock:
             self._known[key] = replace(known, step_s=step_s, origin=origin)
             return self._known[key]
@@ -152,7 +153,7 @@ class Forecasts:
         step_s, origin = self._earlier(config)
         built_in = bool(built_in_version(config.model.base))
         trial = step_s is None and built_in and config.train.prior != "class_images"
-        if trial and self._busy():
+        if trial and is_working(self.sessions):
             trial, origin = False, WAITS
         folder = self.folder.part("cache") / f"forecast-{new_id()}"
         try:
@@ -191,11 +192,6 @@ class Forecasts:
             process.wait()
         steps = seconds_a_step(read_events(folder / "events.jsonl")) if trial else None
         return runner.read_log(log), steps
-
-    def _busy(self) -> bool:
-        with self.sessions() as session:
-            working = select(Job.id).where(Job.state.in_(("running", "stopping"))).limit(1)
-            return session.scalar(working) is not None
 
     def _earlier(self, config: DreamboothConfig) -> tuple[float | None, str]:
         """Seconds a step in the newest run of the same kind."""

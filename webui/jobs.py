@@ -21,10 +21,11 @@ from nora_diffusion.config import DreamboothConfig, UserError, save_config
 from webui import runner
 from webui.database import Sessions
 from webui.dispatcher import Dispatcher, State, queued
+from webui.job_message import message_of
 from webui.models import Job, Subject
 from webui.paths import DataFolder, new_id
-from webui.progress import Progress
 from webui.recipe import Photos, make_recipe
+from webui.subject_files import SubjectFiles
 
 RESUMABLE = ("stopped", "interrupted", "failed")
 
@@ -261,7 +262,7 @@ class Jobs:
         subject = None if subject_id is None else session.get(Subject, subject_id)
         if subject is None or subject.owner != owner or subject.deleted_at or subject.draft:
             raise UserError("there is no such subject; upload its photos in the tab Subject")
-        folder = self.folder.of("subjects", subject.id) / "photos"
+        folder = SubjectFiles(self.folder).photos(subject.id)
         return Photos(folder, len(subject.photos), subject.class_name, subject.trigger)
 
     def _view(self, session: Session, job: Job) -> JobView:
@@ -283,7 +284,7 @@ class Jobs:
             steps=job.steps,
             loss=progress.loss,
             eta_s=eta,
-            message=_message(session, job, progress),
+            message=message_of(session, job, progress),
             created_at=job.created_at,
             sheet=progress.image,
             resumable=state in RESUMABLE and subject is not None and subject.deleted_at is None,
@@ -309,46 +310,3 @@ def _rank(job: Job) -> tuple[int, float]:
     if job.state == "queued":
         return 1, job.position
     return 2, -(job.ended_at or job.created_at)
-
-
-def _message(session: Session, job: Job, progress: Progress) -> str:
-    """Where a run stands, in a sentence."""
-    back = progress.checkpoint
-    onward = f"Resume goes on from step {back}." if back else "Resume begins it again."
-    match job.state:
-        case "queued":
-            before = _ahead(session, job)
-            return (
-                f"Waits for {before} other run{'s' if before > 1 else ''}." if before else "Next."
-            )
-        case "running":
-            return _phase(job, progress)
-        case "stopping":
-            return "Finishes its step and saves, then it stops."
-        case "stopped":
-            return f"Stopped after step {progress.step}. {onward}"
-        case "interrupted":
-            return f"The app ended while this run was at work. {onward}"
-        case "done":
-            return "Finished; the adapter is in the tab Adapters."
-    return job.message or "The run failed."
-
-
-def _ahead(session: Session, job: Job) -> int:
-    """Runs that are worked on before a queued one."""
-    working = Job.state.in_(("running", "stopping"))
-    before = (Job.state == "queued") & (Job.position < job.position)
-    return session.scalar(select(func.count()).where(working | before)) or 0
-
-
-def _phase(job: Job, progress: Progress) -> str:
-    last = progress.last
-    if last is None or last["time"] < (job.started_at or 0.0):
-        return "Starts: loading the base model takes a while."
-    if last["event"] in ("error", "stopped", "done"):
-        return "Ends."
-    if last["event"] == "data":
-        return "Encodes the photos and prepares the adapter."
-    if job.steps is not None and progress.step >= job.steps:
-        return "Training is done; draws the samples."
-    return "Trains."

@@ -9,26 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from nora_diffusion.config import UserError
 from nora_diffusion.events import read_events
-from nora_diffusion.families import ASSETS, FAMILIES, locate
+from nora_diffusion.families import FAMILIES
 from webui.adapter_file import AdapterFile, read_adapter
-from webui.bin import expired_before, forget_deleted_rows, owned, remove_copies
+from webui.bases import usable_base
+from webui.bin import expired_before, forget_deleted_rows, owned
 from webui.database import Sessions
-from webui.export import export
+from webui.export import Exports, Layout
+from webui.library_files import IMPORTED, NATIVE, LibraryFiles
 from webui.models import Adapter, Job
-from webui.paths import NAME_LIMIT, PARTS, DataFolder, clean_name, file_stem, new_id
-from webui.photos import THUMBNAIL_PX, write_picture
-from webui.recipe import bases, defaults
-
-Layout = Literal["native", "diffusers", "kohya"]
-
-NATIVE, LORA, CARD = "adapter.safetensors", "pytorch_lora_weights.safetensors", "README.md"
-_IMPORTED, _THUMBNAIL = "imported.safetensors", "thumbnail.webp"
+from webui.paths import NAME_LIMIT, DataFolder, clean_name, new_id
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class AdapterView:
         path: the adapter file itself.
         kind: "nora" for the native file, "lora" for any other.
         thumbnail: a picture of what it draws, or None.
-        card: text of its model card, as it came; or None.
+        card: file of its model card, as it came; or None.
         deleted_at: of one in the bin.
     """
 
@@ -69,8 +63,9 @@ class Library:
     def __init__(self, folder: DataFolder, sessions: Sessions) -> None:
         self.folder = folder
         self.sessions = sessions
+        self.files = LibraryFiles(folder)
+        self.exports = Exports(self.files)
         self._writing = threading.RLock()  # a name is looked up and taken in one go
-        self._exporting = threading.Lock()  # an export loads a base model: never two at once
 
     def adopt(self, job_id: str) -> AdapterView | None:
         """Take the adapter of a finished run over (again: the same one); None: it left none."""
@@ -85,13 +80,8 @@ class Library:
                 name = _unused_name(session, job.owner, job.name)
                 row = Adapter(id=new_id(), owner=job.owner, name=name, job_id=job_id)
                 session.add(row)
-            home = self._home(row.id)
-            home.mkdir(exist_ok=True)
-            for name in (NATIVE, LORA, CARD):
-                _copy(run / name, home / name)
-            _make_thumbnail(run / "samples", home / _THUMBNAIL)
-            shutil.rmtree(self.folder.of("exports", row.id), ignore_errors=True)
-            _fill(row, "nora", NATIVE, found, job.base, home)
+            self.files.take_run(row.id, run)
+            self._fill(row, "nora", NATIVE, found, job.base)
             row.steps, row.loss = _course(run / "events.jsonl")
             session.flush()
             return self._view(row)
@@ -114,22 +104,20 @@ class Library:
         """
         source = self.folder.uploaded(path)
         found = read_adapter(source)
-        base = self._base_of(found, base.strip(), owner)
+        base = _base_of(found, base.strip(), owner)
         wanted = clean_name(name or Path(shown_name or "adapter").stem[:NAME_LIMIT], "name")
         id = new_id()
-        home = self._home(id)
-        home.mkdir()
         try:
-            shutil.copyfile(source, home / _IMPORTED)
+            self.files.take_import(id, source)
             with self._writing, self.sessions.begin() as session:
                 row = Adapter(id=id, owner=owner, name=_unused_name(session, owner, wanted))
                 session.add(row)
-                _fill(row, found.kind, _IMPORTED, found, base, home)
+                self._fill(row, found.kind, IMPORTED, found, base)
                 row.steps = _whole(found.about.get("steps"))
                 session.flush()
                 return self._view(row)
         except BaseException:
-            shutil.rmtree(home, ignore_errors=True)
+            shutil.rmtree(self.files.home(id), ignore_errors=True)
             raise
 
     # --- looking at them
@@ -163,32 +151,12 @@ class Library:
     def download(self, owner: str, id: str, layout: Layout) -> Path:
         """The file in a layout, under a name that says what it is.
 
-        ``native`` is the file as it is; the others are made by ``nora export`` where the run did
-        not leave them, once.
-
         Raises:
             UserError: when there is no such adapter, or its family has no such layout.
         """
-        adapter = self.get(owner, id)
-        if layout != "native" and adapter.kind == "lora":
-            raise UserError("this is a LoRA already; only NoRA adapters can be exported as one")
-        ending = f"-lora-{layout}" if layout != "native" else "-nora" * (adapter.kind == "nora")
-        place = self.folder.of("exports", id) / layout
-        named = place / f"{file_stem(adapter.name)}{ending}.safetensors"
-        left_by_run = adapter.path.with_name(LORA)
-        with self._exporting:
-            made = next(place.glob("*.safetensors"), None)
-            if made is not None:
-                made.replace(named)  # the adapter may have been renamed since
-                return named
-            place.mkdir(parents=True, exist_ok=True)
-            if layout == "native":
-                _copy(adapter.path, named)
-            elif layout == "diffusers" and left_by_run.is_file():
-                _copy(left_by_run, named)
-            else:
-                export(self.folder, adapter.path, named, layout, adapter.base)
-        return named
+        with self.sessions() as session:
+            adapter = owned(session, Adapter, owner, id)
+        return self.exports.file(adapter, layout)
 
     # --- changing them
 
@@ -200,7 +168,7 @@ class Library:
         """
         wanted = clean_name(name, "name")
         with self._writing, self.sessions.begin() as session:
-            row = _owned(session, owner, id)
+            row = owned(session, Adapter, owner, id)
             if wanted != row.name and _unused_name(session, owner, wanted) != wanted:
                 raise UserError(f"another adapter is called {wanted}; give another name")
             row.name = wanted
@@ -209,7 +177,7 @@ class Library:
     def delete(self, owner: str, id: str) -> None:
         """Put an adapter into the bin."""
         with self.sessions.begin() as session:
-            _owned(session, owner, id).deleted_at = time.time()
+            owned(session, Adapter, owner, id).deleted_at = time.time()
 
     def restore(self, owner: str, id: str) -> None:
         """Take an adapter out of the bin; where its name was given away, it gets another one.
@@ -218,7 +186,7 @@ class Library:
             UserError: when it is not there.
         """
         with self._writing, self.sessions.begin() as session:
-            row = _owned(session, owner, id, in_bin=True)
+            row = owned(session, Adapter, owner, id, in_bin=True)
             row.name = _unused_name(session, owner, row.name)
             row.deleted_at = None
 
@@ -229,7 +197,7 @@ class Library:
     def purge(self, owner: str, id: str) -> None:
         """Delete an adapter of the bin for good, with its exports; its run stays."""
         with self.sessions() as session:
-            _owned(session, owner, id, in_bin=True)
+            owned(session, Adapter, owner, id, in_bin=True)
         self._erase(id)
 
     def expire(self, now: float | None = None) -> None:
@@ -247,11 +215,7 @@ class Library:
     def tidy(self) -> None:
         """Remove what a crash left half done: folders that no adapter stands for."""
         with self._writing, self.sessions() as session:
-            ids = set(session.scalars(select(Adapter.id)))
-            for part in ("adapters", "exports"):
-                for path in self.folder.part(part).iterdir():
-                    if path.name not in ids:
-                        shutil.rmtree(path)
+            self.files.tidy(set(session.scalars(select(Adapter.id))))
 
     # --- inside
 
@@ -260,49 +224,30 @@ class Library:
             with self.sessions.begin() as session:
                 session.delete(session.get_one(Adapter, id))
             forget_deleted_rows(self.sessions)
-            folders = [self._home(id), self.folder.of("exports", id)]
-            files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-            remove_copies(self.folder, files)
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
+            self.files.erase(id)
 
-    def _base_of(self, found: AdapterFile, given: str, owner: str) -> str:
-        """Base model of a file: as given, else as the file says if that cannot lead anywhere."""
-        base = given or found.word("base") or ""
-        if base in bases():
-            base = defaults(base).model.base
-        try:
-            located = locate(base) if base else None
-        except UserError:
-            located = None
-        if isinstance(located, Path) and located.parent == ASSETS:
-            return base
-        if isinstance(located, str) and located.split("/")[0] not in PARTS:
-            return located
-        if isinstance(located, Path) and given and owner == "":
-            return str(located.resolve())
-        asked = f"“{base[:NAME_LIMIT]}” is not a base model that is known here" if base else (
-            "the file does not say which base model it was trained on"
-        )  # fmt: skip
-        raise UserError(f"{asked}; choose the base model, or give its Hugging Face id (owner/name)")
+    def _fill(self, row: Adapter, kind: str, file_name: str, found: AdapterFile, base: str) -> None:
+        """Write down what a file says of itself."""
+        family = found.word("family")
+        row.kind, row.file_name, row.base = kind, file_name, base
+        row.family = family if family in FAMILIES else None
+        row.trigger = _plain(found.word("trigger"))
+        row.class_name = _plain(found.word("class_name"))
+        row.r, row.inner_r, row.checksum = found.r, found.inner_r, found.checksum
+        row.size_bytes = self.files.adapter(row).stat().st_size
 
-    def _list(self, owner: str, condition: Any) -> list[AdapterView]:
+    def _list(self, owner: str, condition: ColumnElement[bool]) -> list[AdapterView]:
         wanted = select(Adapter).where(Adapter.owner == owner, condition)
         with self.sessions() as session:
             rows = session.scalars(wanted.order_by(Adapter.created_at.desc()))
             return [self._view(row) for row in rows]
 
-    def _home(self, id: str) -> Path:
-        return self.folder.of("adapters", id)
-
     def _view(self, row: Adapter) -> AdapterView:
-        home = self._home(row.id)
-        thumbnail, card = home / _THUMBNAIL, home / CARD
         return AdapterView(
             id=row.id,
             name=row.name,
             kind="nora" if row.kind == "nora" else "lora",
-            path=home / row.file_name,
+            path=self.files.adapter(row),
             base=row.base,
             family=row.family,
             trigger=row.trigger,
@@ -313,15 +258,23 @@ class Library:
             loss=row.loss,
             size_bytes=row.size_bytes,
             created_at=row.created_at,
-            thumbnail=thumbnail if thumbnail.is_file() else None,
+            thumbnail=self.files.thumbnail(row.id),
             job_id=row.job_id,
-            card=card if card.is_file() else None,
+            card=self.files.card(row.id),
             deleted_at=row.deleted_at,
         )
 
 
-def _owned(session: Session, owner: str, id: str, in_bin: bool = False) -> Adapter:
-    return owned(session, Adapter, "adapter", owner, id, in_bin)
+def _base_of(found: AdapterFile, given: str, owner: str) -> str:
+    """Base model of a file: as given, else as the file says if that cannot lead anywhere."""
+    base = given or found.word("base") or ""
+    usable = usable_base(base, paths=given != "" and owner == "")
+    if usable is not None:
+        return usable
+    asked = f"“{base[:NAME_LIMIT]}” is not a base model that is known here" if base else (
+        "the file does not say which base model it was trained on"
+    )  # fmt: skip
+    raise UserError(f"{asked}; choose the base model, or give its Hugging Face id (owner/name)")
 
 
 def _unused_name(session: Session, owner: str, name: str) -> str:
@@ -333,17 +286,6 @@ def _unused_name(session: Session, owner: str, name: str) -> str:
         number += 1
         found = f"{name[: NAME_LIMIT - 8]} {number}"
     return found
-
-
-def _fill(
-    row: Adapter, kind: str, file_name: str, found: AdapterFile, base: str, home: Path
-) -> None:
-    family = found.word("family")
-    row.kind, row.file_name, row.base = kind, file_name, base
-    row.family = family if family in FAMILIES else None
-    row.trigger, row.class_name = _plain(found.word("trigger")), _plain(found.word("class_name"))
-    row.r, row.inner_r, row.checksum = found.r, found.inner_r, found.checksum
-    row.size_bytes = (home / file_name).stat().st_size
 
 
 def _plain(word: str | None) -> str | None:
@@ -366,20 +308,3 @@ def _course(events: Path) -> tuple[int | None, float | None]:
     steps = [event["step"] for event in found if event["step"] is not None]
     losses = [event["loss"] for event in found if event["loss"] is not None]
     return max(steps, default=None), losses[-1] if losses else None
-
-
-def _make_thumbnail(samples: Path, out: Path) -> None:
-    """A small copy of the first picture of a run."""
-    example = min(samples.glob("[0-9]*-seed*.png"), default=None)
-    if example is not None:
-        with Image.open(example) as image:
-            image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            write_picture(image.convert("RGB"), out)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file, if there is one, so that its name never stands for half of it."""
-    if source.is_file():
-        unfinished = target.with_name(f".{target.name}.{new_id()}")
-        shutil.copyfile(source, unfinished)
-        unfinished.replace(target)

@@ -69,7 +69,7 @@ class Photo(Base):
 class Job(Base):
     """One training run; its run folder is ``runs/ID``, its output ``logs/ID.log``.
 
-    ``state`` is one of ``jobs.STATES``. ``pid`` and ``pid_started`` name the process while there
+    ``state`` is a ``dispatcher.State``. ``pid`` and ``pid_started`` name the process while there
     is one, so that a server that was killed finds it again.
     """
 

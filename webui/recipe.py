@@ -13,6 +13,7 @@ from nora_diffusion.config import ConfigError, DreamboothConfig, load_config, sh
 from nora_diffusion.families import ASSETS, FAMILIES, PIPELINES
 from nora_diffusion.presets import auto_steps
 from nora_diffusion.settings import quote
+from webui.bases import config_of
 from webui.paths import PARTS
 
 _SUBJECT = "it is the subject's; change it in the tab Subject"
@@ -33,21 +34,6 @@ WITHHELD = {
 _KEY = re.compile(r"[a-z_]+\.[a-z_]+")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
-LABELS = {
-    "mini": "mini: built in, 64 px, runs on any CPU",
-    "mini-128": "mini-128: built in, 128 px, clearer and slower than mini",
-    "sd15": "Stable Diffusion 1.5, 512 px",
-    "sd2": "Stable Diffusion 2.1, 512 px",
-    "sdxl": "Stable Diffusion XL, 1024 px",
-    "sd3": "Stable Diffusion 3 medium",
-    "sd35": "Stable Diffusion 3.5 medium",
-    "flux": "Flux.1 dev",
-    "flux2_klein": "Flux.2 klein 4B",
-    "z_image": "Z-Image",
-    "pixart": "PixArt-Sigma, 1024 px",
-    "sana": "Sana 1.5, 1.6B",
-}
-
 
 @dataclass(frozen=True)
 class Photos:
@@ -57,18 +43,6 @@ class Photos:
     count: int
     class_name: str
     trigger: str
-
-
-def bases() -> dict[str, str]:
-    """Name of each shipped config to what it is called on the page, the built-in ones first."""
-    names = sorted(shipped_configs(), key=lambda name: (not name.startswith("mini"), name))
-    return {name: LABELS.get(name, name) for name in names}
-
-
-def defaults(config: str, preset: str | None = None) -> DreamboothConfig:
-    """The settings of a shipped config before anybody changes them, for an unnamed subject."""
-    path = shipped_configs()[config]
-    return load_config(path, ["data.subject=.", "data.class_name=subject"], preset)
 
 
 def make_recipe(
@@ -148,11 +122,9 @@ def spell(value: Any) -> str:
 def _find_base(base: str, problems: list[str]) -> tuple[str, str | None]:
     """Name of the shipped config for a base, and the ``model.base`` to lay over it."""
     shipped = shipped_configs()
-    if base in shipped:
-        return base, None
-    named = {defaults(name).model.base: name for name in shipped}
-    if base in named:
-        return named[base], None
+    known = config_of(base)
+    if known is not None:
+        return known, None
     family = _family_of(base)
     config = {"sd": "sd15"}.get(family or "", family)
     if config in shipped:

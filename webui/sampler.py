@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from nora_diffusion.config import UserError
 from nora_diffusion.cores import spin_briefly
+from webui.bases import bases, defaults
 from webui.paths import DataFolder, new_id
 from webui.protocol import (
     ORDER,
@@ -28,11 +29,7 @@ from webui.protocol import (
     Order,
     Reply,
     Request,
-    Weighted,
 )
-from webui.recipe import bases, defaults
-
-__all__ = ["Drawn", "Progress", "Request", "Sampler", "Weighted"]
 
 ADAPTERS_AT_MOST = 4
 SIDE_AT_MOST_PX = 4096

@@ -26,7 +26,7 @@ Upload = Callable[..., list[tuple[Path, str]]]
 def studio(tmp_path) -> Iterator[Studio]:
     """The services over a new data folder; its owner "" may use the photos. Nothing is started."""
     opened = Studio.open(DataFolder.open(tmp_path / "data"))
-    opened.subjects.confirm_rights("")
+    opened.subjects.rights.confirm("")
     yield opened
     opened.close()
 

@@ -12,7 +12,8 @@ import pytest
 
 from nora_diffusion.config import UserError
 from tests.webui.server import Server
-from webui.library import CARD, LORA, NATIVE, AdapterView
+from webui.library import AdapterView
+from webui.library_files import CARD, LORA, NATIVE
 from webui.models import Job
 from webui.paths import DataFolder, new_id
 from webui.studio import Studio

@@ -36,53 +36,54 @@ def value_of(update):
 
 def filled_in(tab, *updates, **given):
     """The form's values on the page after some updates, and then as a person changed them."""
-    values = {component: component.value for component in tab.form}
-    values |= {tab.limit: tab.limit.value, tab.shown: []}
+    values = {component: component.value for component in tab.form.components}
+    values |= {tab.gallery.limit: tab.gallery.limit.value}
     for update in updates:
         values |= {
             component: value_of(change)
             for component, change in update.items()
             if component in values and (not isinstance(change, dict) or "value" in change)
         }
-    return values | {getattr(tab, name): value for name, value in given.items()}
+    return values | {getattr(tab.form, name): value for name, value in given.items()}
 
 
 def test_without_adapters_the_base_alone_can_be_tried(tab):
     shown = tab._on_refresh(filled_in(tab), REQUEST)
-    assert shown[tab.empty]["visible"] and not shown[tab.adapters]["visible"]
-    asked = tab._request(filled_in(tab, shown, prompt="a cat "), "")
+    assert shown[tab.form.empty]["visible"] and not shown[tab.form.adapters]["visible"]
+    asked = tab.form.request(filled_in(tab, shown, prompt="a cat "), "")
     assert (asked.base, asked.prompt, asked.adapters) == ("mini", "a cat", ())
     assert (asked.steps, asked.guidance, asked.width_px, asked.height_px) == (25, 3.0, None, None)
     with pytest.raises(UserError, match="prompt: write what to draw"):
-        tab._request(filled_in(tab, shown, prompt="  "), "")
+        tab.form.request(filled_in(tab, shown, prompt="  "), "")
     with pytest.raises(UserError, match="base model: choose"):
-        tab._request(filled_in(tab, shown, prompt="a", base="/etc"), "")
+        tab.form.request(filled_in(tab, shown, prompt="a", base="/etc"), "")
 
 
 def test_a_chosen_adapter_brings_its_words_and_a_slider(tab, adapter):
     values = filled_in(tab, tab._on_refresh(filled_in(tab), REQUEST), adapters=[adapter.id])
     chosen = tab._on_choice(values, REQUEST)
-    assert "a sks flower" in chosen[tab.prompt]["placeholder"]
-    assert chosen[tab.compare]["interactive"] and not chosen[tab.base]["visible"]
-    assert [chosen[slider]["visible"] for slider in tab.strengths] == [True, False, False, False]
+    assert "a sks flower" in chosen[tab.form.prompt]["placeholder"]
+    assert chosen[tab.compare]["interactive"] and not chosen[tab.form.base]["visible"]
+    sliders = [chosen[slider]["visible"] for slider in tab.form.strengths]
+    assert sliders == [True, False, False, False]
     values = filled_in(tab, chosen, adapters=[adapter.id], prompt="x")
-    values[tab.strengths[0]] = 0.4
-    asked = tab._request(values, "")
+    values[tab.form.strengths[0]] = 0.4
+    asked = tab.form.request(values, "")
     (used,) = asked.adapters
     assert (used.id, used.weight, used.path) == (adapter.id, 0.4, adapter.path)
     with pytest.raises(UserError, match="no adapter called"):
-        tab._request(values, "somebody else")
+        tab.form.request(values, "somebody else")
 
 
 def test_strengths_stay_with_their_adapters_when_others_leave(tab, adapter, upload, finished_run):
     ((path, _),) = upload(finished_run / "pytorch_lora_weights.safetensors")
     other = tab.studio.library.import_file("", path, "Other", "mini")
     both = filled_in(tab, adapters=[adapter.id, other.id], prompt="x", order=[adapter.id, other.id])
-    both[tab.strengths[0]], both[tab.strengths[1]] = 0.3, -0.5
-    assert [one.weight for one in tab._request(both, "").adapters] == [0.3, -0.5]
-    left = tab._on_choice(both | {tab.adapters: [other.id]}, REQUEST)
-    assert left[tab.strengths[0]]["value"] == -0.5 and left[tab.order] == [other.id]
-    assert other.name in left[tab.strengths[0]]["label"]
+    both[tab.form.strengths[0]], both[tab.form.strengths[1]] = 0.3, -0.5
+    assert [one.weight for one in tab.form.request(both, "").adapters] == [0.3, -0.5]
+    left = tab._on_choice(both | {tab.form.adapters: [other.id]}, REQUEST)
+    assert left[tab.form.strengths[0]]["value"] == -0.5 and left[tab.form.order] == [other.id]
+    assert other.name in left[tab.form.strengths[0]]["label"]
 
 
 def test_a_dropped_picture_fills_in_the_form(tab, adapter, studio):
@@ -90,8 +91,8 @@ def test_a_dropped_picture_fills_in_the_form(tab, adapter, studio):
     folder = studio.folder.part("uploads") / new_id()
     folder.mkdir()
     path = png(folder / "a.png", json.dumps(settings))
-    restored = tab._on_drop({tab.restore: str(path)}, REQUEST)
-    asked = tab._request(filled_in(tab, restored), "")
+    restored = tab._on_drop({tab.gallery.restore: str(path)}, REQUEST)
+    asked = tab.form.request(filled_in(tab, restored), "")
     assert (asked.prompt, asked.seed, asked.steps, asked.n) == ("a sks flower", 5, 7, 1)
     assert (asked.width_px, asked.height_px, asked.guidance) == (64, 64, 3.0)
     assert [(one.id, one.weight) for one in asked.adapters] == [(adapter.id, 1.25)]
@@ -104,12 +105,12 @@ def test_a_picture_of_somebody_elses_names_what_is_missing(tab, studio, monkeypa
     folder.mkdir()
     theirs = [{"id": "0123456789abcdef", "name": "<b>Theirs", "weight": 1.0}]
     path = png(folder / "a.png", json.dumps(GOOD | {"adapters": theirs, "base": "/etc/passwd"}))
-    restored = tab._on_drop({tab.restore: str(path)}, REQUEST)
+    restored = tab._on_drop({tab.gallery.restore: str(path)}, REQUEST)
     assert "&lt;b&gt;Theirs" in told[0]
-    asked = tab._request(filled_in(tab, restored), "")
+    asked = tab.form.request(filled_in(tab, restored), "")
     assert (asked.adapters, asked.base) == ((), "mini")
     with pytest.raises(UserError, match="was not uploaded"):
-        tab._on_drop({tab.restore: "/etc/passwd"}, REQUEST)
+        tab._on_drop({tab.gallery.restore: "/etc/passwd"}, REQUEST)
 
 
 def test_settings_are_shown_as_text(studio, tmp_path):

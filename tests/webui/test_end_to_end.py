@@ -99,14 +99,19 @@ def train_with_a_stop(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("tab", name="Train").click()
     expect(page.locator("#train-subject input")).to_have_value("Hibiscus")
+    steps = page.locator("#train-steps input")
+    expect(steps).to_have_value("800")  # as mini's config has
+    choose_base(page, "mini-128")
+    expect(steps).to_have_value("200")
+    steps.fill(str(STEPS))
+    choose_base(page, "mini")
+    expect(page.locator("#train-explained")).to_contain_text("Suggested: 800 steps")
+    expect(steps).to_have_value(str(STEPS))
     page.get_by_role("button", name="Advanced").click()
     for section, keys in {"train": {"batch_size": 1}, "sample": {"steps": 2, "n": 1}}.items():
         page.locator(f"#section-{section} > button").click()
         for key, value in keys.items():
             page.locator(f"#setting-{section}-{key} input").fill(str(value))
-    steps = page.locator("#train-steps input")
-    expect(steps).to_have_value("500")  # suggested for one picture a step
-    steps.fill(str(STEPS))
     page.get_by_role("button", name="Start training").click()
 
     status = page.locator("#train-status")
@@ -138,6 +143,11 @@ def train_with_a_stop(visit: Visit) -> None:
     expect(page.get_by_alt_text(re.compile("^Hibiscus: photos, base and adapted"))).to_be_visible()
     visit.photograph("train-done")
     other.close()
+
+
+def choose_base(page: Page, name: str) -> None:
+    page.locator("#train-base input").click()
+    page.get_by_role("option", name=f"{name}: built in").click()
 
 
 def steps_done(page: Page) -> int:

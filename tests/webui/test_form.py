@@ -8,9 +8,10 @@ import pytest
 from nora_diffusion.config import DreamboothConfig, load_config, shipped_configs
 from nora_diffusion.presets import PRESETS
 from nora_diffusion.schema import get_key, list_keys
+from webui.bases import bases, defaults
 from webui.form import Form, control_of, make_field, sections
-from webui.recipe import WITHHELD, bases, defaults, spell
-from webui.tabs.train import FIRST
+from webui.recipe import WITHHELD, spell
+from webui.tabs.train_form import FIRST
 
 KEYS = {key.name: key for key in list_keys(DreamboothConfig)}
 

@@ -328,7 +328,7 @@ def test_values_arrive_as_they_were_given(jobs, subject):
     ],
 )
 def test_with_logins_a_base_is_built_in_or_of_the_hub(jobs, studio, upload, base):
-    studio.subjects.confirm_rights("ada")
+    studio.subjects.rights.confirm("ada")
     photos = upload(*sorted((ROOT / "sample_data" / "subject").glob("*.jpg"))[:2])
     own = studio.subjects.create("ada", "Mug", "mug", "sks", photos)[0]
     with pytest.raises(UserError, match="model.base = "):

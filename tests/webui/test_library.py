@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from nora_diffusion.config import UserError
 from nora_diffusion.events import EventLog
 from webui.bin import DAY_S
-from webui.library import LORA, NATIVE
+from webui.library_files import LORA, NATIVE
 from webui.models import Job
 from webui.paths import new_id
 from webui.studio import Studio

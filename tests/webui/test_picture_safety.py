@@ -156,14 +156,14 @@ def make_box(box: Path) -> None:
 
 def furnish(studio: Studio, owner: str, names: tuple[str, ...]) -> None:
     """Give somebody a subject, a failed run, an adapter and a picture of each name."""
-    studio.subjects.confirm_rights(owner)
+    studio.subjects.rights.confirm(owner)
     for name in names:
         place = studio.folder.part("uploads") / new_id()
         place.mkdir()
         photo = place / "a.jpg"
         photo.write_bytes(SAMPLES[0].read_bytes())
         subject, _ = studio.subjects.create(owner, name, name, name, [(photo, f"{name}.jpg")])
-        studio.subjects.set_caption(owner, subject.id, subject.photos[0].id, name)
+        studio.subjects.photos.set_caption(owner, subject.id, subject.photos[0].id, name)
         with studio.jobs.sessions.begin() as session:
             job = Job(
                 owner=owner, subject_id=subject.id, name=name, base=name, config="mini",
@@ -199,7 +199,7 @@ def world(tmp_path_factory) -> Iterator[World]:
     studio = Studio.open(DataFolder.open(data))
     furnish(studio, "ann", ("Hibiscus",))
     furnish(studio, "eve", TAGS)
-    studio.subjects.confirm_rights("bob")
+    studio.subjects.rights.confirm("bob")
     subject = studio.subjects.all("ann")[0]
     ids = (subject.id, studio.jobs.all("ann")[0].id, studio.library.all("ann")[0].id)
     studio.close()

@@ -15,7 +15,8 @@ from PIL import Image
 from nora_diffusion.config import UserError
 from webui.paths import DataFolder, new_id
 from webui.pictures import read_settings
-from webui.sampler import Request, Sampler, Weighted
+from webui.protocol import Request, Weighted
+from webui.sampler import Sampler
 
 PROMPT = "a {trigger} {class_name} on the beach"
 BASE = Request("mini", PROMPT, n=1, seed=3, steps=2)

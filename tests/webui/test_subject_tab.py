@@ -95,7 +95,7 @@ def test_nothing_that_was_typed_is_lost_after_an_error(tab, upload, studio):
 def test_texts_of_people_are_shown_letter_by_letter(tab, studio, upload):
     ((path, _),) = upload(SAMPLES[0])
     subject, _ = studio.subjects.create("", HOSTILE, HOSTILE, HOSTILE, [(path, HOSTILE)])
-    studio.subjects.set_caption("", subject.id, subject.photos[0].id, HOSTILE)
+    studio.subjects.photos.set_caption("", subject.id, subject.photos[0].id, HOSTILE)
     shown = {**tab._refresh(given(tab, subject.id), NOBODY), **tab._open(subject.id, NOBODY)}
     html = {key: shown[key] for key in (tab.photos, tab.captions, tab.preview, tab.listed)}
     for text in (*html.values(), shown[tab.title]):

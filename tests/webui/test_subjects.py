@@ -18,7 +18,7 @@ from webui.bin import DAY_S, DailyRound
 from webui.models import Job
 from webui.photos import FILE_LIMIT_BYTES
 from webui.studio import Studio
-from webui.subjects import CAPTION_LIMIT
+from webui.subject_photos import CAPTION_LIMIT
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES = sorted((ROOT / "sample_data" / "subject").glob("*.jpg"))
@@ -53,7 +53,7 @@ def test_photos_are_kept_as_they_came_under_names_of_ours(studio, upload, subjec
         assert photo.path.read_bytes() == source.read_bytes()
         assert photo.size == Image.open(source).size
         assert max(Image.open(photo.thumbnail).size) <= 256
-    folder = studio.subjects.photos_folder("", subject.id)
+    folder = studio.subjects.files.photos(subject.id)
     assert folder.is_relative_to(studio.folder.root)
     assert sorted(path.name for path in folder.iterdir()) == [
         f"photo-{n:03}.jpg" for n in range(1, 6)
@@ -62,7 +62,7 @@ def test_photos_are_kept_as_they_came_under_names_of_ours(studio, upload, subjec
 
 
 def test_a_subject_survives_a_restart(studio, subject):
-    studio.subjects.set_caption("", subject.id, subject.photos[1].id, "{trigger} on a lawn")
+    studio.subjects.photos.set_caption("", subject.id, subject.photos[1].id, "{trigger} on a lawn")
     again = Studio.open(studio.folder)
     again.subjects.tidy()
     (found,) = again.subjects.all("")
@@ -83,7 +83,7 @@ def test_the_ending_is_that_of_the_content(studio, upload, tmp_path, name, suffi
     (photo,) = subject.photos
     assert photo.path.name == f"photo-001{suffix}" and photo.shown_name == "no-picture.txt"
     assert photo.size == (600, 600)
-    assert Image.open(studio.subjects.cropped("", subject.id, photo.id, 64)).size == (64, 64)
+    assert Image.open(studio.subjects.photos.cropped("", subject.id, photo.id, 64)).size == (64, 64)
 
 
 def test_each_fault_is_told_with_the_name_of_the_photo(studio, upload, tmp_path):
@@ -113,7 +113,8 @@ def test_each_fault_is_told_with_the_name_of_the_photo(studio, upload, tmp_path)
 
 def test_what_is_too_small_depends_on_the_base(studio, subject):
     def small(px: int) -> int:
-        return sum("too small" in c.reason for c in studio.subjects.checks("", subject.id, px))
+        checks = studio.subjects.photos.checks("", subject.id, px)
+        return sum("too small" in check.reason for check in checks)
 
     assert (small(64), small(512)) == (0, 5)
 
@@ -161,7 +162,7 @@ def test_few_photos_are_a_warning_and_too_many_are_refused(studio, upload, subje
     with pytest.raises(UserError, match="that would be 21 photos; a subject has at most 20"):
         studio.subjects.create("", "A", "flower", "sks", upload(*SAMPLES * 4, SAMPLES[0]))
     with pytest.raises(UserError, match="that would be 22 photos"):
-        studio.subjects.add_photos("", two.id, upload(*SAMPLES * 4))
+        studio.subjects.photos.add("", two.id, upload(*SAMPLES * 4))
     assert len(studio.subjects.get("", two.id).photos) == 2
     assert len(studio.subjects.all("")) == 2
 
@@ -216,28 +217,27 @@ def test_the_right_to_use_photos_is_asked_once_for_each_owner(studio, upload):
             studio.subjects.create("anna", "A", "toy", "sks", upload(*SAMPLES))
     assert studio.subjects.all("anna") == []
     assert list(studio.folder.part("subjects").iterdir()) == []
-    studio.subjects.confirm_rights("anna")
-    studio.subjects.confirm_rights("anna")
-    assert Studio.open(studio.folder).subjects.has_rights("anna")
-    assert not studio.subjects.has_rights("bert")
+    studio.subjects.rights.confirm("anna")
+    studio.subjects.rights.confirm("anna")
+    assert Studio.open(studio.folder).subjects.rights.confirmed("anna")
+    assert not studio.subjects.rights.confirmed("bert")
     studio.subjects.create("anna", "A", "toy", "sks", upload(*SAMPLES))
 
 
 def test_owners_know_nothing_of_each_other(studio, subject, upload):
     others = studio.subjects
-    others.confirm_rights("bert")
+    others.rights.confirm("bert")
     assert others.all("bert") == [] and others.binned("bert") == []
     photo = subject.photos[0]
     for attempt in (
         lambda: others.get("bert", subject.id),
-        lambda: others.photos_folder("bert", subject.id),
         lambda: others.save("bert", subject.id, "Mine", "dog", "sks"),
         lambda: others.note("bert", subject.id, "Mine", "dog", "sks"),
-        lambda: others.add_photos("bert", subject.id, upload(SAMPLES[0])),
-        lambda: others.remove_photo("bert", subject.id, photo.id),
-        lambda: others.set_caption("bert", subject.id, photo.id, "mine"),
-        lambda: others.checks("bert", subject.id),
-        lambda: others.cropped("bert", subject.id, photo.id, 64),
+        lambda: others.photos.add("bert", subject.id, upload(SAMPLES[0])),
+        lambda: others.photos.remove("bert", subject.id, photo.id),
+        lambda: others.photos.set_caption("bert", subject.id, photo.id, "mine"),
+        lambda: others.photos.checks("bert", subject.id),
+        lambda: others.photos.cropped("bert", subject.id, photo.id, 64),
         lambda: others.delete("bert", subject.id),
         lambda: others.purge("bert", subject.id),
     ):
@@ -250,7 +250,7 @@ def test_a_draft_keeps_what_was_uploaded_and_typed_until_it_is_saved(studio, upl
     draft = studio.subjects.draft("")
     assert draft.draft and studio.subjects.draft("").id == draft.id
     studio.subjects.note("", draft.id, "Bello", "", "zxw")
-    studio.subjects.add_photos("", draft.id, upload(*SAMPLES))
+    studio.subjects.photos.add("", draft.id, upload(*SAMPLES))
     assert studio.subjects.all("") == []
     with pytest.raises(UserError, match="class word: missing"):
         studio.subjects.save("", draft.id, "Bello", "", "zxw")
@@ -272,27 +272,27 @@ def test_a_draft_without_photos_is_not_saved(studio):
 def test_a_saved_subject_can_be_changed(studio, upload, subject, tmp_path):
     renamed = studio.subjects.save("", subject.id, "Rose", "rose", "zxw")
     assert (renamed.name, renamed.class_name, renamed.trigger) == ("Rose", "rose", "zxw")
-    studio.subjects.remove_photo("", subject.id, subject.photos[4].id)
-    studio.subjects.add_photos("", subject.id, upload(*write(tmp_path, more=scene(7))))
+    studio.subjects.photos.remove("", subject.id, subject.photos[4].id)
+    studio.subjects.photos.add("", subject.id, upload(*write(tmp_path, more=scene(7))))
     found = studio.subjects.get("", subject.id)
     assert [photo.shown_name for photo in found.photos] == [
         "01.jpg", "02.jpg", "03.jpg", "04.jpg", "more.png",
     ]  # fmt: skip
-    assert len(read_photos(studio.subjects.photos_folder("", subject.id))[0]) == 5
+    assert len(read_photos(studio.subjects.files.photos(subject.id))[0]) == 5
     for photo in found.photos[:-1]:
-        studio.subjects.remove_photo("", subject.id, photo.id)
+        studio.subjects.photos.remove("", subject.id, photo.id)
     with pytest.raises(UserError, match="the last photo of the subject"):
-        studio.subjects.remove_photo("", subject.id, found.photos[-1].id)
+        studio.subjects.photos.remove("", subject.id, found.photos[-1].id)
 
 
 def test_captions_reach_the_trainer(studio, subject):
     first, second, third = (photo.id for photo in subject.photos[:3])
-    studio.subjects.set_caption("", subject.id, first, " a {trigger}\n\x00 {class_name}  ")
-    studio.subjects.set_caption("", subject.id, second, "gone")
-    studio.subjects.set_caption("", subject.id, second, "")
+    studio.subjects.photos.set_caption("", subject.id, first, " a {trigger}\n\x00 {class_name}  ")
+    studio.subjects.photos.set_caption("", subject.id, second, "gone")
+    studio.subjects.photos.set_caption("", subject.id, second, "")
     with pytest.raises(UserError, match=f"{CAPTION_LIMIT + 1} letters"):
-        studio.subjects.set_caption("", subject.id, third, "x" * (CAPTION_LIMIT + 1))
-    photos, skipped = read_photos(studio.subjects.photos_folder("", subject.id))
+        studio.subjects.photos.set_caption("", subject.id, third, "x" * (CAPTION_LIMIT + 1))
+    photos, skipped = read_photos(studio.subjects.files.photos(subject.id))
     assert [photo.caption for photo in photos] == ["a {trigger} {class_name}", *[None] * 4]
     assert skipped == []
 
@@ -302,13 +302,13 @@ def test_the_preview_is_the_middle_square(studio, upload, tmp_path):
     wide.paste("blue", (300, 0, 600, 300))
     subject, _ = studio.subjects.create("", "A", "toy", "sks", upload(*write(tmp_path, wide=wide)))
     for px in (64, 512):
-        path = studio.subjects.cropped("", subject.id, subject.photos[0].id, px)
+        path = studio.subjects.photos.cropped("", subject.id, subject.photos[0].id, px)
         square = Image.open(path)
         assert square.size == (px, px)
         blue = np.asarray(square.convert("RGB"), dtype=int)
         assert np.abs(blue - [0, 0, 255]).mean() < 6
     with pytest.raises(UserError, match="100 px"):
-        studio.subjects.cropped("", subject.id, subject.photos[0].id, 100)
+        studio.subjects.photos.cropped("", subject.id, subject.photos[0].id, 100)
 
 
 def test_thumbnails_hold_nothing_of_the_camera(studio, upload, tmp_path):
@@ -319,7 +319,7 @@ def test_thumbnails_hold_nothing_of_the_camera(studio, upload, tmp_path):
     scene(1).save(path, exif=exif, comment=b"SECRET-CAMERA")
     subject, _ = studio.subjects.create("", "A", "toy", "sks", upload(path))
     photo = subject.photos[0]
-    cropped = studio.subjects.cropped("", subject.id, photo.id, 64)
+    cropped = studio.subjects.photos.cropped("", subject.id, photo.id, 64)
     assert b"SECRET-CAMERA" in photo.path.read_bytes()
     for made in (photo.thumbnail, cropped):
         image = Image.open(made)
@@ -330,7 +330,7 @@ def test_the_bin_gives_back_until_it_is_emptied(studio, subject):
     studio.subjects.delete("", subject.id)
     assert studio.subjects.all("") == []
     with pytest.raises(UserError, match="no such subject"):
-        studio.subjects.photos_folder("", subject.id)
+        studio.subjects.get("", subject.id)
     studio.subjects.restore("", subject.id)
     assert studio.subjects.all("") == [subject]
     with pytest.raises(UserError, match="in the bin"):
@@ -350,7 +350,7 @@ def test_photos_stay_while_they_are_trained_on(studio, subject):
                 state="running", position=1.0)
         )  # fmt: skip
     with pytest.raises(UserError, match="training is running"):
-        studio.subjects.remove_photo("", subject.id, subject.photos[0].id)
+        studio.subjects.photos.remove("", subject.id, subject.photos[0].id)
     studio.subjects.delete("", subject.id)
     with pytest.raises(UserError, match="training is running"):
         studio.subjects.purge("", subject.id)
@@ -360,11 +360,11 @@ def test_photos_stay_while_they_are_trained_on(studio, subject):
 
 
 def test_a_crash_leaves_no_photo_that_would_be_trained_on(studio, subject):
-    folder = studio.subjects.photos_folder("", subject.id)
+    folder = studio.subjects.files.photos(subject.id)
     (folder / "photo-009.jpg").write_bytes(SAMPLES[0].read_bytes())
     stray = studio.folder.part("subjects") / "0123456789abcdef" / "photos"
     stray.mkdir(parents=True)
-    studio.subjects.set_caption("", subject.id, subject.photos[0].id, "a caption")
+    studio.subjects.photos.set_caption("", subject.id, subject.photos[0].id, "a caption")
     studio.subjects.tidy()
     assert not stray.exists()
     photos, _ = read_photos(folder)
@@ -389,12 +389,12 @@ def traces(studio, subject, upload):
     """Everywhere that something of a subject can be; returns what must not be found later."""
     captions = [f"CAPTION-{n}-" + "lorem ipsum " * 60 for n in range(5)]
     for photo, caption in zip(subject.photos, captions, strict=True):
-        studio.subjects.set_caption("", subject.id, photo.id, f"first {caption[:40]}")
-        studio.subjects.set_caption("", subject.id, photo.id, caption)
+        studio.subjects.photos.set_caption("", subject.id, photo.id, f"first {caption[:40]}")
+        studio.subjects.photos.set_caption("", subject.id, photo.id, caption)
     uploads = studio.folder.part("uploads")
     wanted = {}
     for index, photo in enumerate(subject.photos):
-        cropped = studio.subjects.cropped("", subject.id, photo.id, 512)
+        cropped = studio.subjects.photos.cropped("", subject.id, photo.id, 512)
         for kind, path in (
             ("photo", photo.path),
             ("thumbnail", photo.thumbnail),
@@ -439,7 +439,7 @@ def test_emptying_the_bin_leaves_no_byte(studio, subject, traces):
 
 
 def test_a_removed_photo_leaves_no_byte_and_the_others_stay(studio, subject, traces):
-    studio.subjects.remove_photo("", subject.id, subject.photos[2].id)
+    studio.subjects.photos.remove("", subject.id, subject.photos[2].id)
     gone = {what: part for what, part in traces.items() if what.endswith("2") or what == "latents"}
     assert holding(studio.folder.root, gone) == []
     kept = studio.subjects.get("", subject.id)
@@ -451,7 +451,7 @@ def test_a_removed_photo_leaves_no_byte_and_the_others_stay(studio, subject, tra
 def test_a_discarded_draft_leaves_no_byte(studio, upload):
     draft = studio.subjects.draft("")
     studio.subjects.note("", draft.id, "SECRET-NAME", "dog", "sks")
-    studio.subjects.add_photos("", draft.id, upload(*SAMPLES))
+    studio.subjects.photos.add("", draft.id, upload(*SAMPLES))
     photos = {path.name: path.read_bytes() for path in SAMPLES}
     studio.subjects.delete("", draft.id)
     assert holding(studio.folder.root, {"name": b"SECRET-NAME", **photos}) == []

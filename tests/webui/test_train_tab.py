@@ -12,9 +12,10 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from nora_diffusion.config import UserError
+from nora_diffusion.config import UserError, load_config
 from tests.webui.server import ROOT, Server
 from tests.webui.test_jobs import SHORT, ended, wait
+from webui.bases import bases
 from webui.forecast import LIMIT_S, Forecast
 from webui.jobs import JobView
 from webui.models import Job
@@ -43,7 +44,7 @@ def built(tmp_path_factory) -> _TrainTab:
 
 @pytest.fixture
 def tab(built, studio) -> _TrainTab:
-    built.studio = studio
+    built.form.studio, built.runs.jobs = studio, studio.jobs
     return built
 
 
@@ -52,9 +53,8 @@ class Page:
 
     def __init__(self, tab: _TrainTab) -> None:
         self.tab = tab
-        states = (tab.basis, tab.suggested, tab.asked, tab.picked, tab.seen, tab.log_open)
-        shown = (tab.subject, tab.base, tab.preset, tab.steps, *tab.form.components)
-        self.values: dict[Any, Any] = {c: c.value for c in (*states, *shown)}
+        held = {*tab.form.chosen, tab.form.asked, tab.runs.picked, tab.runs.log_open, tab.seen}
+        self.values: dict[Any, Any] = {component: component.value for component in held}
 
     def take(self, updates: dict[Any, Any]) -> dict[Any, Any]:
         for component, update in updates.items():
@@ -68,16 +68,19 @@ class Page:
         return self.take(self.tab.on_tick(self.values, NOBODY))
 
     def settle(self) -> dict[Any, Any]:
-        return self.take(self.tab.on_settle(self.values, NOBODY))
+        return self.take(self.tab.form.on_settle(self.values, NOBODY))
 
     def choose(self, component: Any, value: Any) -> None:
         self.values[component] = value
-        if component in (self.tab.base, self.tab.preset):
-            self.take(self.tab.on_base(self.values))
+        form = self.tab.form
+        if component in (form.base, form.preset):
+            self.take(form.on_base(self.values))
+        if component is form.steps:
+            self.values[form.typed] = form.on_steps(value)
         self.settle()
 
     def field(self, key: str) -> Any:
-        return next(f.component for f in self.tab.form.fields if f.key.name == key)
+        return next(f.component for f in self.tab.form.settings.fields if f.key.name == key)
 
 
 @pytest.fixture
@@ -87,22 +90,22 @@ def page(tab) -> Page:
 
 def test_without_a_subject_the_page_says_where_to_go(tab, page):
     updates = page.tick()
-    assert updates[tab.empty].visible and "tab Subject" in tab.empty.value
-    assert not updates[tab.start].interactive and not updates[tab.subject].visible
+    assert updates[tab.form.empty].visible and "tab Subject" in tab.form.empty.value
+    assert not updates[tab.form.start].interactive and not updates[tab.form.subject].visible
     with pytest.raises(UserError, match="choose a subject first"):
-        tab.on_start(page.values, NOBODY)
+        tab.form.on_start(page.values, NOBODY)
 
 
 def test_the_newest_subject_is_chosen_and_a_choice_stays(tab, page, studio, subject, upload):
     page.tick()
-    assert page.values[tab.subject] == subject.id
+    assert page.values[tab.form.subject] == subject.id
     photos = upload(*sorted((ROOT / "sample_data" / "subject").glob("*.jpg"))[:2])
     newer = studio.subjects.create("", "Mug", "mug", "sks", photos)[0]
     page.tick()
-    assert page.values[tab.subject] == newer.id
-    page.values[tab.subject] = subject.id
+    assert page.values[tab.form.subject] == newer.id
+    page.values[tab.form.subject] = subject.id
     page.tick()
-    assert page.values[tab.subject] == subject.id
+    assert page.values[tab.form.subject] == subject.id
 
 
 def test_nothing_is_sent_again_that_a_page_shows_already(tab, page, studio, subject):
@@ -110,57 +113,91 @@ def test_nothing_is_sent_again_that_a_page_shows_already(tab, page, studio, subj
     assert page.tick().keys() == {tab.seen}
     studio.jobs.submit("", subject.id, "mini", SHORT)
     changed = page.tick()
-    assert {tab.status, tab.runs, tab.cancel, tab.seen} <= changed.keys()
-    assert tab.subject not in changed and tab.log not in changed
+    assert {tab.runs.status, tab.runs.listed, tab.runs.cancel, tab.seen} <= changed.keys()
+    assert tab.form.subject not in changed and tab.runs.log not in changed
     assert page.tick().keys() == {tab.seen}
 
 
 def test_a_new_page_shows_what_runs(tab, page, studio, subject):
     id = studio.jobs.submit("", subject.id, "mini", SHORT)
     for shown in (page.tick(), Page(tab).tick()):
-        assert "Next." in shown[tab.status] and shown[tab.runs].value == id
+        assert "Next." in shown[tab.runs.status] and shown[tab.runs.listed].value == id
 
 
-def test_steps_are_suggested_until_somebody_types_others(tab, page, subject):
+@pytest.mark.parametrize("base", bases())
+def test_a_base_suggests_the_steps_of_its_config(tab, page, studio, subject, base):
     page.tick()
-    page.settle()
-    assert page.values[tab.steps] == 400  # five photos, four a step
+    assert page.values[tab.form.steps] == 800  # mini's
+    page.choose(tab.form.base, base)
+    config = load_config(base, ["data.subject=.", "data.class_name=flower"])
+    assert page.values[tab.form.steps] == config.train.steps
+    page.choose(page.field("train.batch_size"), 2)
+    id = tab.form.on_start(page.values, NOBODY)
+    with studio.jobs.sessions() as session:
+        job = session.get_one(Job, id)
+    assert (job.overrides, job.steps) == ({"train.batch_size": 2}, page.values[tab.form.steps])
+
+
+def test_steps_that_somebody_types_stay_until_they_are_emptied(tab, page, subject):
+    page.tick()
+    page.choose(tab.form.steps, 200)
+    for base in ("mini-128", "mini"):  # in mini-128's config are 200 as well
+        page.choose(tab.form.base, base)
+        assert page.values[tab.form.steps] == 200
+    page.choose(tab.form.preset, "8gb")
+    assert page.values[tab.form.steps] == 200
+    page.choose(tab.form.steps, None)
+    page.choose(tab.form.base, "mini-128")
+    assert page.values[tab.form.steps] == 200
+    page.choose(tab.form.base, "mini")
+    assert page.values[tab.form.steps] == 800
+
+
+def test_where_the_steps_are_from_is_told_beside_what_the_photos_would_give(tab, page, subject):
+    page.tick()
     page.choose(page.field("train.batch_size"), 1)
-    assert page.values[tab.steps] == 500
-    page.choose(tab.steps, 30)
-    page.choose(page.field("train.batch_size"), 4)
-    assert page.values[tab.steps] == 30
+    told = page.values[tab.form.explained]
+    assert "Suggested: 800 steps, as in the config of this base." in told
+    assert "By the number of photos it would be 500. The subject has 5 photos." in told
 
 
 def test_an_answer_on_its_way_leaves_alone_what_is_typed_meanwhile(tab, page, subject):
     page.tick()
-    assert tab.steps in page.settle()
-    page.values[page.field("sample.n")] = 1
-    assert tab.steps not in page.settle()
+    assert tab.form.steps not in page.settle()
+    page.values[tab.form.base] = "mini-128"
+    sent = dict(page.values)  # twice, as a list of Gradio's does
+    assert page.take(tab.form.on_base(sent))[tab.form.steps] == 200
+    again = tab.form.on_base(sent | {tab.form.basis: page.values[tab.form.basis]})
+    assert tab.form.steps not in again and page.field("train.learning_rate") not in again
+    page.values |= {
+        tab.form.base: "mini",
+        tab.form.steps: 30,
+    }  # nobody has told yet that 30 is typed
+    assert tab.form.steps not in tab.form.on_base(page.values)
 
 
 def test_a_preset_keeps_what_was_typed_and_a_base_brings_its_own(tab, page, studio, subject):
     page.tick()
     rate, batch = page.field("train.learning_rate"), page.field("train.batch_size")
     page.choose(rate, 1e-5)
-    page.choose(tab.preset, "8gb")
+    page.choose(tab.form.preset, "8gb")
     assert (page.values[rate], page.values[batch]) == (1e-5, 1)
-    page.choose(tab.preset, "16gb")
+    page.choose(tab.form.preset, "16gb")
     assert (page.values[rate], page.values[batch]) == (1e-5, 4)
-    page.choose(tab.base, "sd15")
+    page.choose(tab.form.base, "sd15")
     assert page.values[rate] == 1e-3
     assert page.values[page.field("model.base")] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    page.choose(tab.base, "mini")
+    page.choose(tab.form.base, "mini")
     assert page.values[rate] == 6e-3
 
 
 def test_a_preset_is_explained_and_what_was_changed_is_told(tab, page, subject):
     page.tick()
-    page.choose(tab.preset, "8gb")
-    explained = page.values[tab.explained]
+    page.choose(tab.form.preset, "8gb")
+    explained = page.values[tab.form.explained]
     assert "One picture at a time has the smallest activations." in explained
     page.choose(page.field("sample.negative_prompt"), HOSTILE)
-    told = page.values[tab.changed]
+    told = page.values[tab.form.changed]
     assert "sample.negative_prompt" in told and "train.batch_size" not in told
     assert "<img" not in told and "&lt;img" in told
 
@@ -170,9 +207,9 @@ def test_the_form_starts_a_run_with_just_what_differs(tab, page, studio, subject
     page.settle()
     for key, value in (("sample.n", 1), ("text_encoder.train", False)):
         page.choose(page.field(key), value)
-    page.choose(tab.preset, "24gb")
-    page.choose(tab.steps, 7)
-    id = tab.on_start(page.values, NOBODY)
+    page.choose(tab.form.preset, "24gb")
+    page.choose(tab.form.steps, 7)
+    id = tab.form.on_start(page.values, NOBODY)
     with studio.jobs.sessions() as session:
         job = session.get_one(Job, id)
     assert job.overrides == {"sample.n": 1, "text_encoder.train": False, "train.steps": 7}
@@ -183,17 +220,17 @@ def test_wrong_settings_are_told_before_the_start(tab, page, subject):
     page.tick()
     page.choose(page.field("train.batch_size"), None)
     page.choose(page.field("adapter.inner_r"), 99)
-    problem = page.values[tab.asked][1]
+    problem = page.values[tab.form.asked][1]
     assert "2 problems" in problem and 'train.batch_size = ""' in problem
     page.tick()
-    assert "adapter.inner_r = 99: must be at most" in page.values[tab.forecast]
+    assert "adapter.inner_r = 99: must be at most" in page.values[tab.form.forecast]
 
 
 @pytest.mark.slow
 def test_memory_and_time_are_predicted_on_mini_out_of_the_box(tab, page, studio, subject):
     page.tick()
     page.choose(page.field("text_encoder.train"), False)
-    key = page.values[tab.asked][0]
+    key = page.values[tab.form.asked][0]
     end = time.monotonic() + LIMIT_S
     while not (forecast := studio.forecasts.get(key) or Forecast()).ready:
         assert time.monotonic() < end
@@ -201,10 +238,10 @@ def test_memory_and_time_are_predicted_on_mini_out_of_the_box(tab, page, studio,
     assert forecast.memory[0].startswith("predicted memory: 0.0")
     assert forecast.step_s is not None and forecast.step_s > 0
     page.tick()
-    assert re.search(r"about .+ for 400 steps of .+ s\. Measured", page.values[tab.forecast])
+    assert re.search(r"about .+ for 800 steps of .+ s\. Measured", page.values[tab.form.forecast])
     assert list(studio.folder.part("cache").glob("forecast-*")) == []
-    page.choose(tab.steps, 800)  # twice as long, and nothing is tried again
-    assert page.values[tab.asked][0] == key
+    page.choose(tab.form.steps, 1600)  # twice as long, and nothing is tried again
+    assert page.values[tab.form.asked][0] == key
 
 
 @pytest.fixture

@@ -1,12 +1,19 @@
-"""One file a tab: its components, and what they do with the services of ``studio``."""
+"""The tabs: their components, and what they do with the services of ``studio``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradio.blocks import Block
 from gradio.components import Component
+
+Values = Mapping[Component, Any]
+"""What the components of a page hold, as a handler is given it."""
+
+Updates = dict[Block, Any]
+"""What a handler answers: values or updates, by component."""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from nora_diffusion.config import UserError
+from webui.bases import base_choices
 from webui.bin import days_left
-from webui.library import AdapterView, Layout
+from webui.export import Layout
+from webui.library import AdapterView
 from webui.messages import as_text, owner_of, reported
-from webui.recipe import bases
 from webui.studio import Studio
-from webui.tabs import Refresh
+from webui.tabs import Refresh, Updates, Values
 from webui.tabs.pieces import (
     Action,
     action_list,
@@ -28,9 +28,6 @@ from webui.tabs.pieces import (
     picture,
     told,
 )
-
-Values = Mapping[Component, Any]
-Updates = dict[Any, Any]
 
 LAYOUTS: dict[Layout, str] = {
     "native": "NoRA file",
@@ -104,7 +101,6 @@ class _AdaptersTab:
                 )
 
     def _make_import(self) -> None:
-        known = [(label, name) for name, label in bases().items()]
         with gr.Accordion("Import a file", open=False):
             self.upload = gr.File(
                 label="NoRA or LoRA, .safetensors",
@@ -112,7 +108,7 @@ class _AdaptersTab:
                 elem_id="adapters-import",
             )
             self.base = gr.Dropdown(
-                choices=[("The file says it", ""), *known],
+                choices=[("The file says it", ""), *base_choices()],
                 value="",
                 label="Base model it was trained on",
                 info="One of these, or a Hugging Face id (owner/name).",

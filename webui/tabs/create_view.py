@@ -9,10 +9,10 @@ from typing import Any
 
 from nora_diffusion.config import UserError
 from nora_diffusion.families import locate
+from webui.bases import bases, defaults
 from webui.library import AdapterView
 from webui.messages import as_text
 from webui.pictures import PictureView
-from webui.recipe import bases, defaults
 from webui.sampler import Drawn
 
 COMPARED = (0.0, 1.0)
@@ -115,11 +115,3 @@ def example(adapter: AdapterView | None) -> str:
 def base_label(base: str) -> str:
     """What a base model is called in messages: a path by its last part."""
     return Path(base).name if Path(base).is_absolute() else base
-
-
-def config_of(base: str) -> str:
-    """The shipped config whose numbers suit a base model."""
-    if base in bases():
-        return base
-    named = {defaults(name).model.base: name for name in bases()}
-    return named.get(base, "sd15")

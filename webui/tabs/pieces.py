@@ -93,6 +93,11 @@ def note(text: str) -> str:
     return f'<p class="n-note">{as_text(text)}</p>'
 
 
+def optional(html: str) -> gr.HTML:
+    """Text of an element that takes no room while it is empty."""
+    return gr.HTML(html, visible=bool(html))
+
+
 def told(text: str) -> str:
     """What has just been done, read aloud by screen readers."""
     return f'<p role="status" class="n-told">{as_text(text)}</p>' if text else ""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from nora_diffusion.config import UserError
 from nora_diffusion.data.images import SUBJECT_LIMIT
@@ -15,7 +13,7 @@ from webui.messages import as_text, owner_of, reported
 from webui.photos import FEW, RESOLUTIONS_PX
 from webui.studio import Studio
 from webui.subjects import SubjectView
-from webui.tabs import Refresh
+from webui.tabs import Refresh, Updates, Values
 from webui.tabs.pieces import action_list, note, told
 from webui.tabs.subject_view import (
     bin_html,
@@ -24,9 +22,6 @@ from webui.tabs.subject_view import (
     photos_html,
     preview_html,
 )
-
-Values = Mapping[Component, Any]
-Updates = dict[Component, Any]
 
 BASES = {64: "64 px (mini)", 512: "512 px (SD 1.5, 2)", 1024: "1024 px (SDXL and later)"}
 RIGHTS = "I have the right to use the photos I upload, and whoever is in them agrees."
@@ -153,7 +148,7 @@ class _SubjectTab:
         return {
             **self._shown(owner, given),
             self.open_id: self._viewed(owner, given[self.open_id])[0],
-            self.rights: gr.update(visible=not self.subjects.has_rights(owner)),
+            self.rights: gr.update(visible=not self.subjects.rights.confirmed(owner)),
         }
 
     def _open(self, open_id: str, request: gr.Request) -> Updates:
@@ -168,19 +163,19 @@ class _SubjectTab:
         owner = owner_of(request)
         self._note(given, request)
         if given[self.rights]:
-            self.subjects.confirm_rights(owner)
+            self.subjects.rights.confirm(owner)
         files = [(Path(path), Path(path).name) for path in given[self.files] or []]
-        if files and not self.subjects.has_rights(owner):
+        if files and not self.subjects.rights.confirmed(owner):
             gr.Warning("Tick the box above the photos once; then they are taken.")
             return {self.status: ""}
         id = self._subject(owner, given[self.open_id]).id
-        unusable = self.subjects.add_photos(owner, id, files) if files else []
+        unusable = self.subjects.photos.add(owner, id, files) if files else []
         # Where none were there yet, they may be on their way by now: those must stay.
         taken: Updates = {self.files: None} if files else {}
         return taken | {
             **self._shown(owner, {**given, self.unusable: unusable}),
             self.unusable: unusable,
-            self.rights: gr.update(visible=not self.subjects.has_rights(owner)),
+            self.rights: gr.update(visible=not self.subjects.rights.confirmed(owner)),
             self.status: "",
         }
 
@@ -196,12 +191,12 @@ class _SubjectTab:
     def _caption(self, open_id: str, event: gr.EventData, request: gr.Request) -> None:
         owner = owner_of(request)
         id = self._subject(owner, open_id).id
-        self.subjects.set_caption(owner, id, str(event.id), str(event.text))
+        self.subjects.photos.set_caption(owner, id, str(event.id), str(event.text))
 
     def _remove(self, given: Values, event: gr.EventData, request: gr.Request) -> Updates:
         owner = owner_of(request)
         subject = self._subject(owner, given[self.open_id])
-        self.subjects.remove_photo(owner, subject.id, str(event.id))
+        self.subjects.photos.remove(owner, subject.id, str(event.id))
         updates = self._shown(owner, {**given, self.unusable: []})
         return {**updates, self.unusable: [], self.status: ""}
 
@@ -274,10 +269,10 @@ class _SubjectTab:
         photo_id = given.get(self.shown_photo)
         if photo_id not in names:
             photo_id = next(iter(names), None)
-        checks = [*given[self.unusable], *self.subjects.checks(owner, subject.id, px)]
+        checks = [*given[self.unusable], *self.subjects.photos.checks(owner, subject.id, px)]
         preview = note("Its square appears here when there is a photo.")
         if photo_id is not None:
-            path = self.subjects.cropped(owner, subject.id, photo_id, px)
+            path = self.subjects.photos.cropped(owner, subject.id, photo_id, px)
             preview = preview_html(path, names[photo_id], px)
         return {
             self.photos: photos_html(subject, checks),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from webui.bin import days_left
 from webui.messages import as_text
-from webui.subjects import CAPTION_LIMIT, Check, SubjectView
+from webui.photos import Check
+from webui.subject_photos import CAPTION_LIMIT
+from webui.subjects import SubjectView
 from webui.tabs.pieces import Action, actions, bin_actions, card, cards, count, day, note, picture
 
 
