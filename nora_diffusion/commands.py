@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nora_diffusion.bench import command as bench
 from nora_diffusion.command_line import make_parser
@@ -51,15 +52,22 @@ def _vlm(argv: Sequence[str]) -> int:
         given = read_command_line(VisionLanguageConfig, argv, about)
         if given.dry_run:
             print(to_toml(given.config))
+            told = recipe(given.config).describe(given.config)
+            print("\n".join(f"# {line}" for line in told))
             return None
         return given.config, given.resume
 
     def run(config: VisionLanguageConfig, resume: bool) -> None:
+        recipe(config).run(config, resume=resume)
+
+    def recipe(config: VisionLanguageConfig) -> Any:
         if config.model.task == "few_shot":
-            from nora_diffusion.train import clip_fewshot as recipe
-        else:
-            from nora_diffusion.train import vision_language as recipe
-        recipe.run(config, resume=resume)
+            from nora_diffusion.train import clip_fewshot
+
+            return clip_fewshot
+        from nora_diffusion.train import vision_language
+
+        return vision_language
 
     return settle_and_run(settle, run)
 

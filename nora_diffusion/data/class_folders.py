@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nora_diffusion.data.image_instructions import open_image
+from nora_diffusion.data.image_instructions import PictureError, open_image
 from nora_diffusion.settings import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -29,13 +29,11 @@ class Pool:
         return Pool(self.classes, self.pixels[chosen], self.labels[chosen])
 
 
-def read_classes(
-    folder: Path, key: str, prepare: Callable[[Sequence[Image.Image]], Tensor]
-) -> Pool:
-    """Reads a folder with a subfolder a class; what is no picture is left out.
+def find_classes(folder: Path, key: str) -> dict[str, list[Path]]:
+    """The pictures in a folder with a subfolder a class, by class; none is opened.
 
     Raises:
-        UserError: it has fewer than two subfolders with pictures, or a picture is broken.
+        UserError: it has fewer than two subfolders with pictures.
     """
     if not folder.is_dir():
         raise UserError(f"{key} = {str(folder)!r}: no such folder")
@@ -50,7 +48,22 @@ def read_classes(
             f"{key} = {str(folder)!r}: must hold a subfolder with pictures for each of two or more "
             f"classes; found {len(files)} (pictures end with {', '.join(ENDINGS)})"
         )
-    pixels = [prepare([open_image(path) for path in paths]) for paths in files.values()]
+    return files
+
+
+def read_classes(
+    folder: Path, key: str, prepare: Callable[[Sequence[Image.Image]], Tensor]
+) -> Pool:
+    """Reads a folder with a subfolder a class; what is no picture is left out.
+
+    Raises:
+        UserError: it has fewer than two subfolders with pictures, or a picture is broken.
+    """
+    files = find_classes(folder, key)
+    try:
+        pixels = [prepare([open_image(path) for path in paths]) for paths in files.values()]
+    except PictureError as error:
+        raise UserError(f"{key}: {error}") from None
     labels = [i for i, paths in enumerate(files.values()) for _ in paths]
     together = torch.cat(pixels)
     return Pool(tuple(files), together, torch.tensor(labels, device=together.device))

@@ -4,6 +4,7 @@ Three spellings are read: ``{image, instruction, output}``, ``{image, messages: 
 and LLaVA's ``{image, conversations: [{from, value}]}``.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Any
 
 from PIL import Image
 
-from nora_diffusion.data.images import read_image
+from nora_diffusion.data.images import read_image, register_heic
 from nora_diffusion.data.instructions import read_rows
 from nora_diffusion.settings import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+NO_FILE = "no such file"
 PLACEHOLDER = "<image>"  # LLaVA's mark in a text; the chat template sets the model's own
+
+
+class PictureError(UserError):
+    """A picture that is missing or cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ def open_image(path: Path) -> Image.Image:
     """Reads a picture as `images.read_image` does.
 
     Raises:
-        UserError: it is missing or no picture.
+        PictureError: it is missing or no picture.
     """
     try:
         return read_image(path)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+        raise PictureError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def read_records(path: str | Path, images: str | Path | None = None) -> list[Record]:
@@ -71,11 +77,13 @@ def read_records(path: str | Path, images: str | Path | None = None) -> list[Rec
     path = Path(path).expanduser()
     folder = path.parent if images is None else Path(images).expanduser()
     problems, records = [], []
+    opened: set[Path] = set()  # a picture may be asked about often
     for number, entry in enumerate(read_rows(path), start=1):
         try:
             record = Record(folder / _text(entry, "image"), _turns(entry))
-            if not record.image.is_file():
-                raise ValueError(f"image: no such file: {record.image}")
+            if record.image not in opened:
+                _check_picture(record.image)
+                opened.add(record.image)
             records.append(record)
         except ValueError as error:
             problems.append(f"record {number}: {error}")
@@ -84,6 +92,18 @@ def read_records(path: str | Path, images: str | Path | None = None) -> list[Rec
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{path}: not all records can be used:\n  {shown}{more}")
     return records
+
+
+def _check_picture(path: Path) -> None:
+    """Of its first bytes alone; whether it is whole shows when it is decoded."""
+    if not path.is_file():
+        raise ValueError(f"image: {NO_FILE}: {path}")
+    register_heic()
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path):
+            pass
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"image: cannot be read as a picture: {path}") from None
 
 
 def _text(entry: Any, key: str) -> str:

@@ -189,7 +189,7 @@ def encode_files(tokenizer: Any, files: Sequence[str | Path], max_tokens: int) -
             try:
                 example = encode_messages(tokenizer, messages_of(row))
             except ValueError as error:
-                raise UserError(f"{file}, example {number}: {error}") from None
+                raise UserError(f"data.files: {file}, example {number}: {error}") from None
             total += 1
             longest = max(longest, len(example.ids))
             if len(example.ids) <= max_tokens:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nora_diffusion.adapter import attention_projections
 from nora_diffusion.evaluation.text_alignment import MINI_CLIP, embed_images, embed_texts
-from nora_diffusion.settings import UserError
+from nora_diffusion.settings import UserError, quote
 from nora_diffusion.train.packed_attention import split_attention
 
 BATCH = 100  # pictures embedded at once where no gradient is needed
@@ -63,18 +63,64 @@ def load_clip_base(base: str, dtype: torch.dtype, device: torch.device) -> ClipB
     Raises:
         UserError: it cannot be loaded, or OpenCLIP is needed and missing.
     """
-    if (Path(base).expanduser() / "open_clip_config.json").is_file():
+    check_clip_base(base)
+    if _is_open_clip(base):
         return _open_clip(base, dtype, device)
-    from transformers import AutoProcessor, CLIPModel
+    from transformers import CLIPModel, CLIPProcessor
 
-    source = MINI_CLIP if base == "mini_clip" else base
+    source = _check_config(base)
     try:
         model = CLIPModel.from_pretrained(source, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f'model.base = "{base}": no CLIPModel could be loaded: {error}') from None
+        processor = CLIPProcessor.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise _no_clip(base, error) from None
     model.eval().requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
     return wrap_clip(model, processor)
+
+
+def check_clip_base(base: str) -> None:
+    """Refuse what needs no download to be seen: a path to nothing, or another type of model.
+
+    Raises:
+        UserError: saying what is wanted.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not _is_open_clip(base):
+            _check_config(base)
+    elif path.is_absolute() or base.count("/") > 1:
+        raise UserError(
+            f"model.base = {quote(base)}: no such folder; give that of a CLIPModel or of OpenCLIP, "
+            'a hub id, or "mini_clip"'
+        )
+
+
+def _check_config(base: str) -> str:
+    """Where a `CLIPModel` is, once its config is found to be that of one."""
+    from transformers import AutoConfig, CLIPConfig
+
+    path = Path(base).expanduser()
+    source = str(MINI_CLIP) if base == "mini_clip" else str(path) if path.is_dir() else base
+    try:
+        found = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _no_clip(base, error) from None
+    if not isinstance(found, CLIPConfig):
+        # CLIPModel would take it, with weights drawn at random where it has none of that name.
+        raise UserError(
+            f"model.base = {quote(base)}: is a model of type {quote(found.model_type)}; "
+            'model.task = "few_shot" takes a CLIPModel, or a folder of OpenCLIP'
+        )
+    return source
+
+
+def _no_clip(base: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"model.base = {quote(base)}: no CLIPModel could be loaded: {lines[0]}")
+
+
+def _is_open_clip(base: str) -> bool:
+    return (Path(base).expanduser() / "open_clip_config.json").is_file()
 
 
 def wrap_clip(model: Any, processor: Any) -> ClipBase:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nora_diffusion.adapter import NoraConfig, joint_cores
-from nora_diffusion.data.class_folders import Pool, choose_shots, read_classes
+from nora_diffusion.data.class_folders import Pool, choose_shots, find_classes, read_classes
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.fewshot_table import Row, summary, table
 from nora_diffusion.events import EventLog
@@ -30,7 +30,7 @@ from nora_diffusion.families.quiet import quiet_peft
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import EVENTS, RESULTS
 from nora_diffusion.settings import UserError
-from nora_diffusion.train.clip_base import ClipBase, load_clip_base
+from nora_diffusion.train.clip_base import ClipBase, check_clip_base, load_clip_base
 from nora_diffusion.train.common import lr_factor, nora_config
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
@@ -60,6 +60,7 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
     Raises:
         UserError: the pictures or the base model cannot be used.
     """
+    _check(config)
     base = _base(config)
     train, test = read_pools(config, base.prepare)
     folder = Path(config.output.dir).expanduser()
@@ -76,6 +77,18 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
         with suppress(OSError):  # the disk may be what has failed
             events.write("stopped" if stopped else "error", message=str(stop) or "stopped")
         raise
+
+
+def describe(config: VisionLanguageConfig) -> list[str]:
+    """What a run would find, for a dry run; nothing is loaded or asked of the hub.
+
+    Raises:
+        UserError: on settings or pictures that cannot be used.
+    """
+    device, classes, choices, tests = _check(config)
+    return [
+        f"{classes} classes, {choices} pictures to choose from, {tests} to test on, on {device}"
+    ]
 
 
 def _run_all(
@@ -116,6 +129,39 @@ def _base(config: VisionLanguageConfig) -> ClipBase:
     return load_clip_base(config.model.base, resolve_dtype(config.model.dtype, device), device)
 
 
+def _check(config: VisionLanguageConfig) -> tuple[torch.device, int, int, int]:
+    """Device, classes, pictures to choose from and to test on: what needs no weights and no hub.
+
+    Raises:
+        UserError: there is no such device or base, there are no classes, not enough pictures of
+            one, or test classes differ.
+    """
+    device = resolve_device(config.model.device, mps=False)
+    check_clip_base(config.model.base)
+    few = config.few_shot
+    files = find_classes(Path(str(few.images)).expanduser(), "few_shot.images")
+    labels = [name for name, paths in files.items() for _ in paths]
+    if few.test is not None:
+        of_test = find_classes(Path(few.test).expanduser(), "few_shot.test")
+        if of_test.keys() != files.keys():
+            other = sorted(set(of_test) ^ set(files))
+            raise UserError(
+                f"few_shot.test = {few.test!r}: its subfolders must be those of few_shot.images; "
+                f"only one of the two has: {', '.join(other)}"
+            )
+        tests = sum(map(len, of_test.values()))
+    else:
+        labels, tests = labels[::2], len(labels[1::2])
+    counts = {name: labels.count(name) for name in files}
+    short = min(counts, key=lambda name: counts[name])
+    if max(few.shots) > counts[short]:
+        raise UserError(
+            f"few_shot.shots = {max(few.shots)}: {short!r} has {counts[short]} pictures to choose "
+            f"from; give more, or --few_shot.shots up to {counts[short]}"
+        )
+    return device, len(files), len(labels), tests
+
+
 def methods(config: VisionLanguageConfig, base: ClipBase) -> list[Method]:
     """NoRA and the LoRA ranks of the config, on the same modules.
 
@@ -145,30 +191,14 @@ def read_pools(
     """The pictures to choose shots from, and those to test on.
 
     Raises:
-        UserError: there are no classes, or not enough pictures of one, or test classes differ.
+        UserError: there are no classes, or a picture is broken.
     """
     few = config.few_shot
     pool = read_classes(Path(str(few.images)).expanduser(), "few_shot.images", prepare)
     if few.test is not None:
-        test = read_classes(Path(few.test).expanduser(), "few_shot.test", prepare)
-        if test.classes != pool.classes:
-            other = sorted(set(test.classes) ^ set(pool.classes))
-            raise UserError(
-                f"few_shot.test = {few.test!r}: its subfolders must be those of few_shot.images; "
-                f"only one of the two has: {', '.join(other)}"
-            )
-    else:
-        every = range(len(pool.labels))
-        pool, test = pool.take(every[::2]), pool.take(every[1::2])
-    counts = torch.bincount(pool.labels, minlength=len(pool.classes)).tolist()
-    least = min(counts)
-    if max(few.shots) > least:
-        short = pool.classes[counts.index(least)]
-        raise UserError(
-            f"few_shot.shots = {max(few.shots)}: {short!r} has {least} pictures to choose from; "
-            f"give more, or --few_shot.shots up to {least}"
-        )
-    return pool, test
+        return pool, read_classes(Path(few.test).expanduser(), "few_shot.test", prepare)
+    every = range(len(pool.labels))
+    return pool.take(every[::2]), pool.take(every[1::2])
 
 
 def train_one(

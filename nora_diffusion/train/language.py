@@ -34,6 +34,7 @@ from nora_diffusion.language_config import Adapter, LanguageConfig, Train
 from nora_diffusion.language_model import (
     ADAPTER_FILE,
     LORA_FOLDER,
+    check_quantize,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -87,13 +88,16 @@ def run(cfg: LanguageConfig, *, resume: bool = False) -> Path:
     folder = Path(cfg.output.dir).expanduser()
     how_to_go_on = partial(how_to_resume, cfg, str(folder))
     with explained(folder, cfg.command), processes.together(how_to_go_on):
+        device = _check(cfg)[0]
+        tokenizer = load_tokenizer(cfg.model.base)
+        encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
         processes.from_first(lambda: _begin(cfg, folder, resume))
         report = Report(
             folder, total_steps=cfg.train.steps, log_every=cfg.train.log_every,
             silent=not processes.first,
         )  # fmt: skip
         with report, failures_reported(report, cfg.command):
-            _run(cfg, folder, resume, report, processes)
+            _run(cfg, folder, resume, device, tokenizer, encoded, report, processes)
     return folder
 
 
@@ -103,14 +107,13 @@ def describe(cfg: LanguageConfig) -> list[str]:
     Raises:
         UserError: on settings or data that cannot be used.
     """
-    device = resolve_device(cfg.model.device)
+    device, questions = _check(cfg)
     tokenizer = load_tokenizer(cfg.model.base)
     encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
-    questions = _count_questions(cfg)
     skeleton = load_skeleton(cfg.model.base)
     model = add_adapter(skeleton, adapter_config(cfg.adapter, skeleton))
     rows = make_rows(cfg, encoded.examples)
-    return [str(encoded), *questions, _sizes(model, rows, device)]
+    return [*unused_settings(cfg.adapter), str(encoded), *questions, _sizes(model, rows, device)]
 
 
 def _sizes(model: nn.Module, rows: Sequence[object], device: torch.device) -> str:
@@ -119,12 +122,17 @@ def _sizes(model: nn.Module, rows: Sequence[object], device: torch.device) -> st
 
 
 def _run(
-    cfg: LanguageConfig, folder: Path, resume: bool, report: Report, processes: Processes
+    cfg: LanguageConfig,
+    folder: Path,
+    resume: bool,
+    device: torch.device,
+    tokenizer: Any,
+    encoded: Encoded,
+    report: Report,
+    processes: Processes,
 ) -> None:
-    device = resolve_device(cfg.model.device)
-    tokenizer = load_tokenizer(cfg.model.base)
-    encoded = encode_files(tokenizer, cfg.data.files, cfg.data.max_tokens)
-    report.say(str(encoded))
+    for line in (*unused_settings(cfg.adapter), str(encoded)):
+        report.say(line)
     processes.from_first(lambda: _check_origin(cfg, folder, encoded, resume))
     base = load_model(cfg.model.base, cfg.model.dtype, device, cfg.model.quantize)
     before = _score(cfg, base, tokenizer, processes)
@@ -179,6 +187,12 @@ def adapter_config(cfg: Adapter, base: nn.Module) -> PeftConfig:
             task_type="CAUSAL_LM",
         )
     return nora_config(cfg, targets, task_type="CAUSAL_LM")
+
+
+def unused_settings(cfg: Adapter) -> list[str]:
+    """What is set of NoRA where LoRA is trained in its place, in words."""
+    why = 'not used; adapter.method = "lora" has no such setting'
+    return [f"adapter.{name} = {quote(getattr(cfg, name))}: {why}" for name in cfg.unused()]
 
 
 def add_adapter(base: Any, config: PeftConfig, seed: int | None = None) -> PeftModel:
@@ -265,11 +279,15 @@ def save(cfg: LanguageConfig, model: PeftModel, folder: Path) -> None:
     write_atomically(file, json.dumps(described, indent=2, sort_keys=True).encode())
 
 
-def _begin(cfg: LanguageConfig, folder: Path, resume: bool) -> None:
-    """Check what can be checked before there is a folder, then make it."""
-    resolve_device(cfg.model.device)
+def _check(cfg: LanguageConfig) -> tuple[torch.device, list[str]]:
+    """Device and questions, in words: what can be refused before anything is loaded or written."""
+    device = resolve_device(cfg.model.device)
+    check_quantize(cfg.model.quantize, device)
     locate(cfg.model.base)
-    _count_questions(cfg)
+    return device, _count_questions(cfg)
+
+
+def _begin(cfg: LanguageConfig, folder: Path, resume: bool) -> None:
     open_folder(folder, resume, cfg.command)
     save_config(cfg, folder)
 

@@ -129,7 +129,8 @@ def shared_arguments(
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(
             cfg.lr_schedule, cfg.lr_schedule
         ),
-        "warmup_steps": cfg.lr_warmup_steps,
+        # A run of few steps would end before its rate has risen, and one of one step at rate 0.
+        "warmup_steps": min(cfg.lr_warmup_steps, cfg.steps // 3),
         "weight_decay": cfg.weight_decay,
         "max_grad_norm": cfg.max_grad_norm,
         "seed": cfg.seed,

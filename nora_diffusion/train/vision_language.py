@@ -6,11 +6,13 @@ The loop is in ``trainer.py``; here are the data, the adapter and the evaluation
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import TrainingArguments
@@ -25,15 +27,20 @@ from nora_diffusion.data.image_batches import (
     pad_id_of,
     with_trained_positions,
 )
-from nora_diffusion.data.image_instructions import Record, read_records
+from nora_diffusion.data.image_instructions import (
+    NO_FILE,
+    PictureError,
+    Record,
+    read_records,
+)
 from nora_diffusion.disk import write_atomically
 from nora_diffusion.evaluation.picture_answers import ask
-from nora_diffusion.families.base import resolve_device, resolve_dtype
+from nora_diffusion.families.base import resolve_device
 from nora_diffusion.families.quiet import quiet_peft
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import save_config
 from nora_diffusion.run_folder import CHECKPOINTS, RESULTS, open_folder
-from nora_diffusion.settings import UserError
+from nora_diffusion.settings import UserError, quote
 from nora_diffusion.train.common import nora_config
 from nora_diffusion.train.processes import ALONE, Processes, join
 from nora_diffusion.train.report import Report
@@ -43,6 +50,7 @@ from nora_diffusion.train.trainer import (
     run_loop,
     shared_arguments,
 )
+from nora_diffusion.train.vlm_base import check_base, load_vlm
 from nora_diffusion.train.write_errors import explained, failures_reported
 from nora_diffusion.vision_language_config import VisionLanguageConfig
 
@@ -68,11 +76,10 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
         ProcessLost: when another process of the run has gone.
     """
     processes = join()
-    data, folder = config.data, Path(config.output.dir).expanduser()
+    folder = Path(config.output.dir).expanduser()
     how_to_go_on = partial(how_to_resume, config, str(folder))
     with explained(folder, config.command), processes.together(how_to_go_on):
-        train = read_records(str(data.train), data.images)
-        test = read_records(data.test, data.images) if data.test is not None else []
+        _, train, test = _check(config)
         model, processor = load_vlm(config)
         processes.from_first(lambda: _begin(config, folder, resume))
         report = Report(
@@ -83,28 +90,14 @@ def run(config: VisionLanguageConfig, resume: bool = False) -> Path:
             return train_adapter(config, model, processor, train, test, report, processes)
 
 
-def load_vlm(config: VisionLanguageConfig) -> tuple[Any, Any]:
-    """Returns the frozen model and its processor.
+def describe(config: VisionLanguageConfig) -> list[str]:
+    """What a run would find, for a dry run; nothing is loaded or asked of the hub.
 
     Raises:
-        UserError: it cannot be loaded, has no chat template, or there is no such device.
+        UserError: on settings or data that cannot be used.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    base = config.model.base
-    device = resolve_device(config.model.device, mps=False)
-    dtype = resolve_dtype(config.model.dtype, device)
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'model.base = "{base}": no model that reads pictures and writes text could be loaded: '
-            f"{error}"
-        ) from None
-    if not getattr(processor, "chat_template", None):
-        raise UserError(f'model.base = "{base}": its processor has no chat template')
-    return model.requires_grad_(False).to(device), processor  # pyright: ignore[reportArgumentType]
+    device, train, test = _check(config)
+    return [f"{len(train)} records to learn, {len(test)} to ask, on {device}"]
 
 
 def find_targets(model: nn.Module, towers: Sequence[str]) -> list[str]:
@@ -151,7 +144,8 @@ def train_adapter(
         TrainingInterrupted: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     folder, path = report.run, report.run / RESULTS
-    data = Records(processor, train, config.data.max_length)
+    with _pictures_of("data.train"):
+        data = Records(processor, train, config.data.max_length)
     told = f"{len(data)} records to learn, the longest of {data.longest} tokens"
     if data.left_out:
         told += f"; {data.left_out} longer than data.max_length = {config.data.max_length} left out"
@@ -159,7 +153,8 @@ def train_adapter(
     result = processes.from_first(lambda: _read(path))
 
     def ask_all(when: str, of: Any) -> None:
-        result[when] = processes.from_first(lambda: ask(of, processor, test))
+        with _pictures_of("data.test"):
+            result[when] = processes.from_first(lambda: ask(of, processor, test))
         report.say(f"{when}: {result[when]['accuracy']:.1%} right")
 
     if test and "before" not in result:
@@ -199,6 +194,41 @@ def _batches(model: Any, processor: Any, data: Records) -> Callable[[Any], dict[
     if learns_from_trained_positions(model, first):
         return lambda items: with_trained_positions(collate(items, pad_id))
     return lambda items: collate(items, pad_id)
+
+
+def _check(config: VisionLanguageConfig) -> tuple[torch.device, list[Record], list[Record]]:
+    """What can be refused before anything is loaded or written: device, base, and the records."""
+    device = resolve_device(config.model.device, mps=False)
+    check_base(config.model.base)
+    data = config.data
+    if data.images is not None and not Path(data.images).expanduser().is_dir():
+        raise UserError(f"data.images = {quote(data.images)}: no such folder")
+    train = _read_records(config, "data.train", str(data.train))
+    test = [] if data.test is None else _read_records(config, "data.test", data.test)
+    return device, train, test
+
+
+def _read_records(config: VisionLanguageConfig, key: str, file: str) -> list[Record]:
+    images = config.data.images
+    try:
+        return read_records(file, images)
+    except UserError as error:
+        told = f"{key}: {error}"
+        if NO_FILE in told:
+            start = (
+                "the folder of their file" if images is None else f"data.images = {quote(images)}"
+            )
+            told += f"\n  paths of pictures start from {start}"
+        raise UserError(told) from None
+
+
+@contextmanager
+def _pictures_of(key: str) -> Iterator[None]:
+    """Name the key of a picture that proves broken when it is decoded."""
+    try:
+        yield
+    except PictureError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _begin(config: VisionLanguageConfig, folder: Path, resume: bool) -> None:

@@ -16,11 +16,12 @@ from nora_diffusion.events import read_events
 from nora_diffusion.mini.__main__ import ASSETS
 from nora_diffusion.run_command import how_to_resume
 from nora_diffusion.run_config import load_config, shipped_configs
-from nora_diffusion.settings import ConfigError, UserError
+from nora_diffusion.settings import ConfigError, UserError, to_toml
 from nora_diffusion.train import clip_fewshot
 from nora_diffusion.train.clip_base import load_clip_base
-from nora_diffusion.train.clip_fewshot import augment, methods, read_pools, run
+from nora_diffusion.train.clip_fewshot import augment, describe, methods, read_pools, run
 from nora_diffusion.vision_language_config import VisionLanguageConfig
+from tests.tiny_language import save_base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 
@@ -228,13 +229,60 @@ def test_mistakes_are_named(config, images, tmp_path):
         run(config(f"model.base={tmp_path}"))
 
 
+def test_a_base_that_is_no_clip_is_named_with_its_type(config, tmp_path):
+    """`CLIPModel` alone would take it, with random weights."""
+    of_language = save_base(tmp_path / "llama")
+    for check in (run, describe):
+        with pytest.raises(UserError, match=r'model\.base = .*is a model of type "llama"'):
+            check(config(f"model.base={of_language}"))
+        with pytest.raises(UserError, match=r'model\.base = "/no/such": no such folder'):
+            check(config("model.base=/no/such"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_refuses_a_dry_run_refuses_before_it_loads_weights(
+    config, images, tmp_path, capsys
+):
+    """The base is one of the hub, which cannot be had here."""
+    (tmp_path / "other").mkdir()
+    for name in ("red", "green", "black"):
+        (tmp_path / "other" / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "other" / name / "a.png")
+    (tmp_path / "fewshot.toml").write_text(to_toml(config("model.base=openai/no-such-clip")))
+    for given, told in (
+        (["--few_shot.images", "/no/such"], "few_shot.images = '/no/such': no such folder"),
+        (["--few_shot.images", str(tmp_path)], "few_shot.images = "),
+        (["--few_shot.test", "/no/such"], "few_shot.test = '/no/such': no such folder"),
+        (["--few_shot.test", str(tmp_path / "other")], "only one of the two has: black, blue"),
+        (["--few_shot.shots", "5"], "few_shot.shots = 5: 'blue' has 4 pictures"),
+    ):
+        for more in (["--dry-run"], []):
+            assert main(["vlm", str(tmp_path / "fewshot.toml"), *given, *more]) == 2
+            assert told in capsys.readouterr().err
+            assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_is_told_by_its_key(config, tmp_path):
+    for name in ("red", "blue"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "all" / name / f"{i}.png")
+    (tmp_path / "all" / "red" / "1.png").write_text("no picture")
+    with pytest.raises(
+        UserError, match=r"^few_shot\.images: .*red/1\.png: cannot be read as a pic"
+    ):
+        run(config(f"few_shot.images={tmp_path / 'all'}", "few_shot.shots=[1]"))
+
+
 def test_the_command_line(base, images, tmp_path, capsys):
     argv = ["vlm", "clip_fewshot", "--few_shot.images", str(images), "--model.base", str(base)]
-    argv += ["--output.dir", str(tmp_path / "run")]
-    assert main([*argv, "--dry-run"]) == 0
-    assert 'task = "few_shot"' in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+    argv += ["--output.dir", str(tmp_path / "run"), "--model.device", "cpu"]
     argv += ["--few_shot.shots", "1", "--few_shot.seeds", "0", "--train.steps", "2"]
+    assert main([*argv, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert 'task = "few_shot"' in out
+    assert "# 3 classes, 12 pictures to choose from, 12 to test on, on cpu" in out
+    assert not (tmp_path / "run").exists()
     assert main(argv) == 0
     assert "NoRA" in capsys.readouterr().out
     assert main(argv) == 2

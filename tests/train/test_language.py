@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPTextConfig, LlamaConfig, LlamaForCausalLM
 
 from nora_diffusion import adapter_info, cli, language_model
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
@@ -228,7 +228,7 @@ def test_a_fit_has_the_gradient_checkpointing_of_the_run(make, monkeypatch):
 def test_what_is_not_quantised_keeps_its_number_format(tmp_path, monkeypatch):
     """As the base was loaded and is scored; float32 would double what a large vocabulary takes."""
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(language_model, "_check_nf4", lambda device: None)
+    monkeypatch.setattr(language_model, "check_quantize", lambda quantize, device: None)
     sides = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64}  # of blocks of 64
     LlamaForCausalLM(
         LlamaConfig(**sides, num_hidden_layers=2, num_attention_heads=4)
@@ -318,6 +318,128 @@ def test_what_cannot_be_done_is_told_by_its_key(make, sections, told):
     with pytest.raises(UserError) as caught:
         language.run(make(**sections))
     assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"quantize": "nf4"}},
+        {"model": {"base": "/no/such/folder"}},
+        {"data": {"files": ["none.json"]}},
+        {"data": {"max_tokens": 8}},
+        {"eval": {"files": ["none.json"]}},
+    ],
+    ids=str,
+)
+def test_what_needs_no_weights_is_refused_before_anything_is_written(
+    make, tmp_path, capsys, sections
+):
+    (tmp_path / "mine.toml").write_text(to_toml(make(**sections)))
+    told = []
+    for more in (["--dry-run"], []):
+        assert command(str(tmp_path / "mine.toml"), *more) == 2
+        told.append(capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["[", '[{"instruction": "a"}]', "[1]"], ids=["no JSON", "no answer", "no object"]
+)
+def test_broken_examples_are_told_by_their_key(make, tmp_path, text):
+    file = tmp_path / "broken.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        language.run(make(data={"files": [str(file)]}))
+    assert str(caught.value).startswith(f"data.files: {file}")
+
+
+def test_a_base_of_another_type_is_named_with_it(make, tmp_path, capsys):
+    CLIPTextConfig().save_pretrained(tmp_path / "clip")
+    tiny_tokenizer().save_pretrained(tmp_path / "clip")
+    told = f'= "{tmp_path / "clip"}": is a model of type "clip_text_model", which does not write'
+    for check in (language.run, language.describe):
+        with pytest.raises(UserError) as caught:
+            check(make(model={"base": str(tmp_path / "clip")}))
+        assert str(caught.value).startswith(f"model.base {told}")
+        assert len(str(caught.value)) < 400
+    questions = write_questions(tmp_path / "q.json", 3)
+    assert cli.main(["llm-eval", str(tmp_path / "clip"), questions]) == 2
+    assert f"RUN_OR_BASE {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["/no/such/folder", "none.gguf", "nobody/no-such-model"])
+def test_a_base_to_score_is_named_by_its_argument(tmp_path, capsys, monkeypatch, base):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["llm-eval", base, write_questions(tmp_path / "q.json", 3)]) == 2
+    err = capsys.readouterr().err
+    assert f'RUN_OR_BASE = "{base}": ' in err and "model.base" not in err
+
+
+def test_settings_that_lora_has_not_are_said_not_to_be_used(make, capsys):
+    config = make(adapter={"method": "lora", "basis": "gradient"}, train={"steps": 1})
+    told = 'adapter.basis = "gradient": not used; '
+    assert any(line.startswith(told) for line in language.describe(config))
+    language.run(config)
+    assert told in capsys.readouterr().out
+    of_nora = make(adapter={"basis": "gradient"})
+    assert not any("not used" in line for line in language.describe(of_nora))
+
+
+def test_a_run_of_one_step_learns(make):
+    """The warm-up, of 5 steps by default, does not hold it at a rate of 0."""
+    config = make(train={"steps": 1})
+    (rate,) = [
+        e["lr"] for e in read_events(language.run(config) / "events.jsonl") if e["event"] == "step"
+    ]
+    assert rate == pytest.approx(config.train.learning_rate)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["nora", "lora"])
+def test_a_base_in_4_bits_trains_on_a_gpu_and_is_loaded_again(make, tmp_path, method):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    device, questions = torch.device("cuda"), write_questions(tmp_path / "q.json", 6)
+    sides = {"hidden_size": 128, "intermediate_size": 256}  # of blocks of 64
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            **sides,
+            vocab_size=len(tiny_tokenizer()),
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            initializer_range=0.15,  # so large that attention has something to say
+        )
+    ).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = make(
+        model={
+            "base": str(tmp_path / "base"),
+            "device": "cuda",
+            "dtype": "bf16",
+            "quantize": "nf4",
+        },
+        adapter={"method": method, "r": 16, "inner_r": 8},
+        train={"steps": 30, "batch_size": 6, "learning_rate": 1e-2},
+        eval={"files": [questions]},
+    )
+    run = language.run(config)
+    losses = [e["loss"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    model = load_run_model(run, config, device)
+    bases = [getattr(m, "base_layer", None) for m in model.modules()]
+    bases = [base for base in bases if base is not None]
+    assert bases and all(isinstance(base, bitsandbytes.nn.Linear4bit) for base in bases)
+    (scores,) = json.loads((run / "scores.json").read_text())
+    again = evaluate(model, tiny_tokenizer(), questions, cache=False)
+    assert again.likelihood_accuracy == scores["after"]["likelihood"]
+    base = load_model(config.model.base, "bf16", device, "nf4")
+    ids = torch.tensor([tiny_tokenizer()("Which letter stands twice?")["input_ids"]], device=device)
+    with torch.no_grad():
+        moved = (model(input_ids=ids).logits - base(input_ids=ids).logits).abs().max()
+    assert moved > 0.01
 
 
 def command(*argv: str) -> int:

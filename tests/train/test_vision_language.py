@@ -19,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Mistral3Config,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from nora_diffusion import cli
 from nora_diffusion.adapter.files import load_adapter
@@ -49,8 +51,10 @@ from nora_diffusion.settings import UserError, to_toml
 from nora_diffusion.train import trainer
 from nora_diffusion.train.common import TrainingDiverged
 from nora_diffusion.train.report import Report
-from nora_diffusion.train.vision_language import find_targets, run, train_adapter
+from nora_diffusion.train.vision_language import describe, find_targets, run, train_adapter
+from nora_diffusion.train.vlm_base import load_processor
 from nora_diffusion.vision_language_config import VisionLanguageConfig
+from tests.tiny_language import save_base
 
 SIDE = 28
 TEXT = {
@@ -455,9 +459,147 @@ def test_generation_goes_on_where_the_answer_stands(file):
     assert len(said) == 2 and all("colour" not in text for text in said)
 
 
-def test_a_base_that_is_no_such_model_is_named(file, tmp_path):
-    with pytest.raises(UserError, match="model.base"):
+WITH_VIDEOS = {
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "smolvlm": ("SmolVLMProcessor", "SmolVLMVideoProcessor"),
+}
+without_torchvision = pytest.mark.skipif(
+    is_torchvision_available(), reason="torchvision reads videos"
+)
+
+
+def save_whole(folder: Path, kind: str, in_one_file: bool):
+    """A base whose processor's files ask for a video half, as those of the hub; and its parts."""
+    torch.manual_seed(0)
+    model, processor = BUILDERS[kind]()
+    for part in (model, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(processor.chat_template)
+    name, videos = WITH_VIDEOS[kind]
+    described = {"processor_class": name} | ({"image_seq_len": 4} if kind == "smolvlm" else {})
+    if in_one_file:
+        pictures = folder / "preprocessor_config.json"
+        described["image_processor"] = json.loads(pictures.read_text())
+        described["video_processor"] = {"video_processor_type": videos}
+        pictures.unlink()
+    (folder / "processor_config.json").write_text(json.dumps(described))
+    return model, processor
+
+
+@without_torchvision
+@pytest.mark.parametrize("in_one_file", [False, True])
+@pytest.mark.parametrize("kind", WITH_VIDEOS)
+def test_a_processor_is_loaded_without_its_video_half(kind, in_one_file, file, tmp_path):
+    _, whole = save_whole(tmp_path, kind, in_one_file)
+    loaded = load_processor(str(tmp_path))
+    for record in read_records(file):
+        wanted, found = encode(whole, record), encode(loaded, record)
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@without_torchvision
+@pytest.mark.parametrize("kind", WITH_VIDEOS)
+def test_such_a_base_trains_by_the_command(kind, file, tmp_path):
+    save_whole(tmp_path / "base", kind, False)
+    config = settings(file, tmp_path / "run", f"model.base={tmp_path / 'base'}", "train.steps=1")
+    (tmp_path / "vlm.toml").write_text(to_toml(config))
+    assert cli.main(["vlm", str(tmp_path / "vlm.toml")]) == 0
+    assert any(t.abs().max() > 0 for t in adapter_of(tmp_path / "run").values())
+
+
+@without_torchvision
+def test_a_processor_that_cannot_do_without_torchvision_says_so(file, tmp_path):
+    Mistral3Config().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    with pytest.raises(UserError, match=r'^model\.base = ".*pip install torchvision$'):
         run(settings(file, tmp_path / "out", f"model.base={tmp_path}"))
+
+
+def test_a_run_of_one_step_learns(make, tmp_path):
+    """The warm-up, of 20 steps by default, does not hold it at a rate of 0."""
+    folder = run(make(tmp_path / "run", "train.steps=1", "train.lr_warmup_steps=20")).parent
+    (step,) = steps_of(folder)
+    assert step["lr"] == pytest.approx(2e-3)
+
+
+def test_a_warm_up_takes_a_third_of_the_steps_at_most(make, tmp_path):
+    arguments = trainer.shared_arguments(
+        make(tmp_path, "train.steps=60", "train.lr_warmup_steps=30").train, tmp_path,
+        torch.device("cpu"),
+    )  # fmt: skip
+    assert arguments["warmup_steps"] == 20
+
+
+def test_a_base_that_is_no_such_model_is_named(file, tmp_path):
+    def told(base) -> str:
+        with pytest.raises(UserError) as caught:
+            run(settings(file, tmp_path / "out", f"model.base={base}"))
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert told(tmp_path / "empty").startswith('model.base = "')
+    assert 'model.base = "/no/such": no such folder' in told("/no/such")
+    assert 'for model.task = "few_shot" (nora vlm clip_fewshot)' in told("mini_clip")
+    save_base(tmp_path / "llama")
+    other = told(tmp_path / "llama")
+    assert 'is a model of type "llama", which does not read pictures' in other
+    assert len(other) < 400
+
+
+@pytest.mark.parametrize("key", ["train", "test"])
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not valid JSON"),
+        ('[{"image": "red.png", "instruction": "q"}]', "record 1: output: missing"),
+        ('[{"image": "no.png", "instruction": "q", "output": "a"}]', "no such file"),
+        ('[{"image": "bad.png", "instruction": "q", "output": "a"}]', "cannot be read as a pic"),
+    ],
+    ids=["absent", "no JSON", "no answer", "no picture", "broken picture"],
+)
+def test_broken_records_are_told_by_their_key_before_anything_is_written(
+    make, file, tmp_path, capsys, key, records, said
+):
+    (tmp_path / "red.png").write_bytes((file.parent / "red.png").read_bytes())
+    (tmp_path / "bad.png").write_text("no picture")
+    if records is not None:
+        (tmp_path / "d.json").write_text(records)
+    config = make(tmp_path / "run", f"data.{key}={tmp_path / 'd.json'}")
+    (tmp_path / "vlm.toml").write_text(to_toml(config))
+    for more in (["--dry-run"], []):
+        assert cli.main(["vlm", str(tmp_path / "vlm.toml"), *more]) == 2
+        err = capsys.readouterr().err
+        assert f"data.{key}: " in err and said in err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_a_picture_that_ends_early_is_told_by_the_key_of_its_file(make, file, tmp_path, key):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    record = {"image": "cut.png", "instruction": "q", "output": "a"}
+    (tmp_path / "d.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=rf"^data\.{key}: .*cut\.png: cannot be read as a picture"):
+        run(make(tmp_path / "run", f"data.{key}={tmp_path / 'd.json'}"))
+
+
+def test_where_pictures_were_looked_for_is_told(make, tmp_path):
+    with pytest.raises(UserError, match=r'^data\.images = "/no/such": no such folder'):
+        describe(make(tmp_path / "run", "data.images=/no/such"))
+    with pytest.raises(UserError, match=r"(?s)^data\.train: .*start from data\.images = "):
+        describe(make(tmp_path / "run", f"data.images={tmp_path}"))
+
+
+def test_a_dry_run_counts_the_records(make, tmp_path, capsys):
+    (tmp_path / "vlm.toml").write_text(to_toml(make(tmp_path / "run")))
+    assert cli.main(["vlm", str(tmp_path / "vlm.toml"), "--dry-run"]) == 0
+    assert "# 2 records to learn, 2 to ask, on cpu" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_device_is_the_one_asked_for_or_cuda_or_the_cpu(file, tmp_path, monkeypatch):
