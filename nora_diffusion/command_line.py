@@ -145,7 +145,8 @@ def make_parser(actions: Mapping[str, Action]) -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="every answer, as JSON")
     command("vlm", "adapt CLIP or a vision-language model (nora vlm --help)")
     command("webui", "serve the web app on this machine (nora webui --help)")
-    bench.add_arguments(command("bench", "compare methods on mini; resumable"))
+    comparing = command("bench", "compare methods on mini; resumable")
+    bench.add_arguments(comparing, _positive, _choices("model.device"))
     _add_campaign(command("campaign", "one training run for each line of a table"))
     return parser
 

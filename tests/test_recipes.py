@@ -113,9 +113,17 @@ def test_the_language_recipe_dry_runs_on_a_small_base(tmp_path, capsys, monkeypa
     assert f"# 3 rows; {2 * (3 * 2 * 32 * 8 + 2 * 2 * 16 * 8):,} trained parameters" in out
 
 
-def test_the_few_shot_recipe_dry_runs_offline(capsys, monkeypatch):
+def test_the_few_shot_recipe_dry_runs_offline(capsys, monkeypatch, tmp_path):
+    """On two classes of as many pictures as it asks for, in place of its own data."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
     words = schema_of(ROOT / "configs" / "recipes" / "clip_lora_few_shot.toml")[1]
+    for key in ("--few_shot.images", "--few_shot.test"):
+        for name in ("forest", "river"):
+            folder = Path(words[words.index(key) + 1]) / name
+            folder.mkdir(parents=True)
+            for i in range(16):
+                (folder / f"{i}.png").touch()
     assert main(["vlm", *words, "--dry-run"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["train"]["steps_per_shot"] == 500
 
@@ -212,3 +220,14 @@ def test_targets_of_a_recipe_are_those_of_its_base(capsys):
     of_base = capsys.readouterr().out
     assert main(["targets", QUICK, "--targets", "attention"]) == 0
     assert capsys.readouterr().out == of_base
+
+
+def test_the_recorded_memory_is_what_the_command_says_today(capsys, monkeypatch):
+    """README's part and the recipes' are rendered from that record."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
+    record = json.loads((ROOT / "benchmarks" / "results" / "dry_runs.json").read_bytes())
+    found = record["results"]["sd15"]
+    assert main_dreambooth([*shlex.split(found["command"])[1:], "--model.device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "\n".join(f"# {line}" for line in found["memory"]) in out

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nora_diffusion.config import UserError
+
 if TYPE_CHECKING:
     from nora_diffusion.bench.ruler import Ruler
 
@@ -19,21 +21,29 @@ STEPS, LONGER_STEPS, SAMPLING_STEPS = 100, 400, 15
 RESULTS, TRIALS = Path("benchmarks/results"), "trials.jsonl"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all comparisons take; nothing heavy is imported."""
+def add_arguments(
+    parser: argparse.ArgumentParser, count: Callable[[str], int], devices: Sequence[str]
+) -> None:
+    """What all comparisons take; nothing heavy is imported.
+
+    Args:
+        parser: of the command.
+        count: reads a number of at least 1.
+        devices: names of devices, as in ``model.device``.
+    """
     parser.add_argument("what", choices=tuple(COMPARISONS), help="; ".join(_HELP))
     parser.add_argument(
         "--check", action="store_true", help="with report: change nothing, fail where they disagree"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of a few methods")
     parser.add_argument(
-        "--steps", type=int, help=f"of a training (default {STEPS}; of longer {LONGER_STEPS})"
+        "--steps", type=count, help=f"of a training (default {STEPS}; of longer {LONGER_STEPS})"
     )
     parser.add_argument(
-        "--device", default="auto", help="where to train and draw: auto, cpu or cuda"
+        "--device", choices=devices, default="auto", help="where to train and draw (default auto)"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="trainings side by side"
+        "--workers", type=count, default=os.cpu_count() or 1, help="trainings side by side"
     )
     parser.add_argument(
         "--out",
@@ -44,7 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run or continue one comparison."""
+    """Run or continue one comparison, or report.
+
+    Raises:
+        UserError: an option does not belong to what is asked for.
+    """
+    if args.check and args.what != "report":
+        raise UserError(
+            f"--check: belongs to nora bench report, not to {args.what}; leave it out to run "
+            f"{args.what}, or run: nora bench report --check"
+        )
     args.steps = args.steps or _usual_steps(args)
     return COMPARISONS[args.what](args)
 
@@ -82,6 +101,12 @@ def _longer(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.study import Plan, run_longer
 
     return _compare(args, run_longer, Plan(args.steps, seeds=(0,)))
+
+
+def _others(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.study import OTHER_SUBJECTS, Plan, run_others
+
+    return _compare(args, run_others, Plan(args.steps, subjects=OTHER_SUBJECTS, seeds=(0,)))
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -209,6 +234,7 @@ COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "methods": _methods,
     "ablation": _ablation,
     "longer": _longer,
+    "others": _others,
     "ranks": _ranks,
     "multi": _multi,
     "prior": _prior,
@@ -218,6 +244,7 @@ _HELP = (
     "methods: NoRA's variants and PEFT's methods on eight subjects of mini",
     "ablation: which part of NoRA does what",
     "longer: NoRA and LoRA in trainings of more steps",
+    "others: NoRA and LoRA on twelve other subjects",
     "ranks: outer and inner rank",
     "multi: several subjects in one NoRA, in one each, and blended",
     "prior: what keeping the class costs a subject, and what it saves",

@@ -72,15 +72,17 @@ class Ledger:
             raise KeyError(f"not measured: {trial.key}")
         return row
 
-    def step_cpu_s(self, methods: Sequence[str]) -> dict[str, float]:
-        """CPU seconds a step, the mean over each method's trainings on one kind of CPU.
+    def step_cpu_s(self, methods: Sequence[str], steps: int) -> dict[str, float]:
+        """CPU seconds a step of trainings of ``steps``: each method's mean on one kind of CPU.
+
+        A longer training spreads what it does once over more steps: another study's do not count.
 
         It is the one on which most of the methods were timed, of several the last; what was not
         timed there is left out.
         """
         times: dict[str | None, dict[str, list[float]]] = {}
         for row in self._rows.values():
-            if "step_cpu_s" in row and row["method"] in methods:
+            if "step_cpu_s" in row and row["method"] in methods and row["steps"] == steps:
                 # Put last anew: of equals the latest counts. The first trials name no processor.
                 own = times.pop(row.get("processor"), {})
                 times[row.get("processor")] = own

@@ -116,6 +116,10 @@ encoder: what is shipped."""
 TWO_RATES = nora(init="gradient", text_basis="random", ratio=3.0)
 """The same with Q at a third of P's learning rate, as in LoRA+."""
 
+WIDER = nora(r=64, inner_r=4, init="gradient", text_basis="random")
+WIDEST = nora(r=128, inner_r=2, init="gradient", text_basis="random")
+"""What is shipped, with as many numbers spread over two and four times the directions."""
+
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")
 VARIANTS = (

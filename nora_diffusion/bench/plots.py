@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from nora_diffusion.config import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AXES = (
@@ -21,6 +23,8 @@ AXES = (
     ("file_bytes", "file, bytes (fp16)", "log"),
     ("step_cpu_s", "CPU seconds a step", "linear"),
 )
+_DIGIT_WIDTH, _HALF_HEIGHT, _MARKER = 9, 8, 4
+"""Of the numbers at points and of the points, in px."""
 _SOURCE = "Source"  # PNG's own key for where a picture comes from
 
 
@@ -35,32 +39,86 @@ def plot_methods(summary: Sequence[dict[str, Any]], path: Path) -> Path:
     Raises:
         UserError: matplotlib is missing.
     """
-    figure = _figure((13, 10))
-    # One colour and number a method, named once below: labels at the points would overlap.
-    for axes, (key, label, scale) in zip(figure.subplots(2, 2).flat, AXES, strict=True):
-        for number, line in enumerate(summary, start=1):
-            if "gap_closed" not in line or line.get(key) is None:  # every run diverged; no time
+    return _save(methods_figure(summary), path, summary)
+
+
+def methods_figure(summary: Sequence[dict[str, Any]]) -> Figure:
+    """The picture of ``plot_methods``: a number stands at each point, a legend says whose it is."""
+    figure = _figure((13, 10.5))
+    panels, key = figure.subplots(2, 2).flat, []
+    points: dict[Axes, dict[int, tuple[float, float]]] = {axes: {} for axes in panels}
+    for number, line in enumerate(summary, start=1):
+        ours = line["method"].startswith("NoRA")
+        looks = {"fmt": "o" if ours else "s", "color": _colour(ours), "markersize": 4}
+        drawn = None
+        for axes, (name, _, _) in zip(points, AXES, strict=True):
+            if "gap_closed" not in line or line.get(name) is None:  # every run diverged; no time
                 continue
             low, high = line["intervals"]["gap_closed"]
             gap = line["gap_closed"]
-            ours = line["method"].startswith("NoRA")
-            colour = "tab:red" if ours else "tab:blue"
-            axes.errorbar(
-                line[key], 100 * gap, yerr=[[100 * (gap - low)], [100 * (high - gap)]],
-                fmt="o" if ours else "s", color=colour, markersize=4, elinewidth=0.6, alpha=0.8,
-            )  # fmt: skip
-            axes.annotate(
-                str(number), (line[key], 100 * gap), textcoords="offset points", xytext=(5, 4),
-                fontsize=9, color=colour,
-            )  # fmt: skip
-        axes.set_xscale(scale)
-        axes.set_xlabel(label)
-        axes.set_ylabel("gap closed, %")
+            bar = [[100 * (gap - low)], [100 * (high - gap)]]
+            drawn = axes.errorbar(line[name], 100 * gap, bar, elinewidth=0.6, alpha=0.8, **looks)
+            points[axes][number] = line[name], 100 * gap
+        if drawn is not None:
+            drawn.set_label(f"{number}  {line['method']}")
+            key.append(drawn)
+    for axes, (_, label, scale) in zip(points, AXES, strict=True):
+        axes.set(xscale=scale, xlabel=label, ylabel="gap closed, %")
+        axes.tick_params(axis="x", which="minor", labelsize=7)  # of a log scale: 3 · 10⁵, 4 · 10⁵
         axes.grid(alpha=0.3)
-    names = [f"{number} {line['method']}" for number, line in enumerate(summary, start=1)]
-    rows = [" · ".join(names[start : start + 4]) for start in range(0, len(names), 4)]
-    figure.supxlabel("\n".join(rows), fontsize=9)
-    return _save(figure, path, summary)
+    figure.legend(handles=key, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.draw_without_rendering()  # the layout settles where the points lie
+    for axes, found in points.items():
+        _number(axes, found, [_colour(line["method"].startswith("NoRA")) for line in summary])
+    return figure
+
+
+def _colour(ours: bool) -> str:
+    return "tab:red" if ours else "tab:blue"
+
+
+def _number(axes: Axes, points: dict[int, tuple[float, float]], colours: Sequence[str]) -> None:
+    """Put each point's number as near to it as no other number and no point is in the way."""
+    places = {number: axes.transData.transform(at) for number, at in points.items()}
+    taken = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in places.values()]
+    scale = 72 / axes.figure.dpi
+    for number, (x, y) in places.items():
+        half = _DIGIT_WIDTH * len(str(number)) / 2
+        for radius, angle in _around():
+            middle_x, middle_y = x + radius * math.cos(angle), y + radius * math.sin(angle)
+            box = (
+                middle_x - half,
+                middle_y - _HALF_HEIGHT,
+                middle_x + half,
+                middle_y + _HALF_HEIGHT,
+            )
+            inside = axes.bbox.contains(*box[:2]) and axes.bbox.contains(*box[2:])
+            if inside and not any(_meet(box, other) for other in taken):
+                break
+        else:  # a panel this full has no free place
+            middle_x, middle_y = x + 2 * half, y
+            box = (middle_x - half, middle_y, middle_x + half, middle_y)
+        taken.append(box)
+        text = axes.annotate(
+            str(number), points[number], textcoords="offset points",
+            xytext=((middle_x - x) * scale, (middle_y - y) * scale), ha="center", va="center",
+            fontsize=9, color=colours[number - 1],
+            bbox={"boxstyle": "square,pad=0.05", "color": "white", "linewidth": 0, "alpha": 0.8},
+            arrowprops={"arrowstyle": "-", "color": colours[number - 1], "linewidth": 0.5},
+        )  # fmt: skip
+        text.set_in_layout(False)
+
+
+def _around() -> Iterator[tuple[float, float]]:
+    """Offsets from a point in px and radians: near ones first, beside its bar before across it."""
+    for radius in range(13, 160, 6):
+        for degrees in (20, -20, 160, -160, 50, -50, 130, -130, 0, 180):
+            yield radius, math.radians(degrees)
+
+
+def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+    return not apart
 
 
 def plot_ranks(cells: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -105,6 +163,7 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]], Path], Path]]] =
     "methods": ("summary", plot_methods),
     "ablation": ("summary", plot_methods),
     "longer": ("summary", plot_methods),
+    "others": ("summary", plot_methods),
     "ranks": ("cells", plot_ranks),
 }
 """The plot of each comparison, and what of its results it shows."""

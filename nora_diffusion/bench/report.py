@@ -8,6 +8,7 @@ A page marks the parts that are rendered::
 
 The part's template is ``benchmarks/report/subject.md`` (jinja2), where ``results("subject")`` is
 what ``benchmarks/results/subject.json`` holds under "results", and ``record("subject")`` the whole.
+A word after the name, as in ``<!-- report: dry_run sd15 -->``, is the template's ``which``.
 The plots of ``PLOTS`` are drawn from the same results into ``docs/images``.
 """
 
@@ -26,7 +27,9 @@ from nora_diffusion.bench.plots import PLOTS, shows
 from nora_diffusion.config import UserError
 from nora_diffusion.disk import write_atomically
 
-_PART = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
+_PART = re.compile(
+    r"(<!-- report: ([\w-]+)(?: ([\w-]+))? -->\n)(.*?)(<!-- end of report -->)", re.DOTALL
+)
 
 
 def write_report(root: Path) -> list[Path]:
@@ -55,7 +58,7 @@ def check_report(root: Path) -> list[str]:
         f"{page.relative_to(root)}: {old[2]}"
         for page, text, rendered in _pages(root)
         for old, new in zip(_PART.finditer(text), _PART.finditer(rendered), strict=True)
-        if old[3] != new[3]
+        if old[4] != new[4]
     ]
     return parts + [str(path.relative_to(root)) for path, _, _ in _stale_plots(root)]
 
@@ -86,10 +89,10 @@ def _pages(root: Path) -> Iterator[tuple[Path, str, str]]:
 
 def _rendered(environment: Environment, page: Path, part: re.Match[str]) -> str:
     try:
-        text = environment.get_template(f"{part[2]}.md").render()
+        text = environment.get_template(f"{part[2]}.md").render(which=part[3])
     except TemplateError as error:
         raise UserError(f"{page}: part {part[2]}: {type(error).__name__}: {error}") from error
-    return f"{part[1]}{text.strip()}\n{part[4]}"
+    return f"{part[1]}{text.strip()}\n{part[5]}"
 
 
 def _environment(root: Path) -> Environment:
@@ -112,6 +115,7 @@ def _environment(root: Path) -> Environment:
 
     environment.globals |= {"record": record, "results": lambda name: record(name)["results"]}
     environment.filters |= {"share": share, "aim": aim, "difference": difference}
+    environment.filters |= {"beaten_by": beaten_by}
     return environment
 
 
@@ -132,3 +136,20 @@ def difference(against: dict[str, Any], other: str, key: str) -> str:
         return "-"
     found = against[other][key]
     return f"{found['mean']:+.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def beaten_by(summary: list[dict[str, Any]], name: str, axis: str) -> list[str]:
+    """Methods at least as good as ``name`` in the gap closed and along another axis.
+
+    None: it is on the Pareto front of the two. Of text alignment more is better, of costs less.
+    """
+    sign = 1 if axis == "text_adapted" else -1
+    own = next(line for line in summary if line["method"] == name)
+    return [
+        line["method"]
+        for line in summary
+        if line is not own
+        and line.get("gap_closed", float("-inf")) >= own["gap_closed"]
+        and None not in (line.get(axis), own.get(axis))
+        and sign * line[axis] >= sign * own[axis]
+    ]

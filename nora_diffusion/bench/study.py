@@ -27,6 +27,8 @@ from nora_diffusion.bench.methods import (
     SPLIT,
     TWO_RATES,
     VARIANTS,
+    WIDER,
+    WIDEST,
     Method,
     lora,
     nora,
@@ -48,6 +50,29 @@ ABLATION = (
     TWO_RATES,
     lora("LoRA r 16", 16),
 )
+OTHERS = (
+    SPLIT,
+    WIDER,
+    WIDEST,
+    nora(basis="gradient", init="gradient", text_basis="random"),
+    *(lora(f"LoRA r {r}", r) for r in (1, 2, 16)),
+)
+OTHER_SUBJECTS = (
+    "leopard",
+    "black bird",
+    "blowfish",
+    "dragon",
+    "two-hump camel",
+    "snail",
+    "green apple",
+    "cherry blossom",
+    "house with garden",
+    "basketball",
+    "tropical drink",
+    "circus tent",
+)
+"""Held-out emoji with an animation that are not among the eight, nor searched on."""
+
 LONGER = (TWO_RATES, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
 
 
@@ -104,8 +129,9 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     study = Study(plan, ledger, save)
     study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    study.search((FITTED, SPLIT, TWO_RATES, *finalists, *plan.baselines))
-    ours = {method.name: method for method in (PAPER, FITTED, SPLIT, TWO_RATES, *finalists)}
+    more = (FITTED, SPLIT, TWO_RATES, WIDER, WIDEST, *finalists)
+    study.search((*more, *plan.baselines))
+    ours = {method.name: method for method in (PAPER, *more)}
     study.final((*plan.baselines, *ours.values()))
     return study.results
 
@@ -125,6 +151,14 @@ def run_longer(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     Arguments as of ``run_study``.
     """
     return _compare(LONGER, plan, ledger, save)
+
+
+def run_others(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
+    """What is shipped beside LoRA on subjects that did not decide what is shipped.
+
+    Arguments as of ``run_study``.
+    """
+    return _compare(OTHERS, plan, ledger, save)
 
 
 def _compare(
@@ -230,7 +264,7 @@ class Study:
             found = [[self.ledger.find(trial) for trial in block] for block in blocks]
             self.results["rows"] = [row for rows in found if all(rows) for row in rows if row]
             names = [method.name for method in methods]
-            times = self.ledger.step_cpu_s(names)
+            times = self.ledger.step_cpu_s(names, self.plan.steps)
             self.results["summary"] = [
                 {**line, "step_cpu_s": times.get(line["method"])}
                 for line in summarise(self.results["rows"], names)

@@ -260,7 +260,7 @@ def _check_start(source: str, component: str, model: nn.Module, wanted: NoraConf
 def _fit_basis(cfg: DreamboothConfig, family: Family, inputs: Inputs) -> None:
     """Fit a data-driven basis on the run's own pictures, over many timesteps."""
     # Only the denoiser has one: its gradient ends at the conditioning.
-    step = partial(_loss, cfg, family, inputs, encode=False)
+    step = partial(subject_loss, cfg, family, inputs, encode=False)
     fit_basis(family.components.denoiser, range(FIT_BATCHES), step, NAME)
 
 
@@ -284,13 +284,13 @@ def fit_inner_pairs(
     """
     if cfg.adapter.init != "gradient" or cfg.adapter.init_from is not None:
         return
-    step = partial(_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
+    step = partial(subject_loss, cfg, family, inputs, encode=cfg.text_encoder.train)
     together = nn.ModuleList(models.values())
     with as_recomputed(together, cfg.train.gradient_checkpointing):
         fit_start(together, batches, step, NAME)
 
 
-def _loss(
+def subject_loss(
     cfg: DreamboothConfig, family: Family, inputs: Inputs, index: int, *, encode: bool
 ) -> Tensor:
     """The subject's loss on one batch, with noise of its own; ``encode``: by the text encoder."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nora_diffusion.cli import main
+from nora_diffusion.cli import USER_ERROR, main
 from nora_diffusion.mini.__main__ import PRESETS
 from nora_diffusion.mini.sources import PACKAGES
 
@@ -26,6 +26,30 @@ def packages(tmp_path, monkeypatch):
         named = {"\N{CACTUS}": {"name": "cactus", "group": "Animals & Nature"}}
         (content / "data-by-emoji.json").write_text(json.dumps(named))
         (content.parent / ".complete").touch()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("methods", "--device", "foo"), "--device: invalid choice: 'foo'"),
+        (("methods", "--steps", "0"), "--steps: 0: must be at least 1"),
+        (("ranks", "--workers", "0"), "--workers: 0: must be at least 1"),
+        (("report", "--workers", "-1"), "--workers: -1: must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, options, told):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *options, "--out", str(tmp_path)])
+    assert stopped.value.code == USER_ERROR
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_belongs_to_the_report_and_trains_nothing(tmp_path, capsys):
+    assert main(["bench", "methods", "--check", "--out", str(tmp_path)]) == USER_ERROR
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "nora bench report --check" in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

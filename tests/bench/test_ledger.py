@@ -21,16 +21,20 @@ def test_times_of_two_kinds_of_cpu_are_not_mixed(tmp_path):
     ledger = Ledger(tmp_path / "trials.jsonl", tmp_path, {"base": "x"}, 2, 1)
     one, other = nora(), lora("LoRA r 1", 1)
 
-    def timed(method, subject, seconds, **processor):
-        trial = Trial(method, subject, 1e-2, 0, 5)
+    def timed(method, subject, seconds, steps=5, **processor):
+        trial = Trial(method, subject, 1e-2, 0, steps)
         ledger._write(trial, {**trial.key, "step_cpu_s": seconds, **processor})
 
     names = [one.name, other.name]
     timed(one, "poodle", 4.0)
     timed(other, "poodle", 2.0)
     timed(one, "cactus", 1.0, processor="fast")
-    assert ledger.step_cpu_s(names) == {one.name: 4.0, other.name: 2.0}
+    assert ledger.step_cpu_s(names, 5) == {one.name: 4.0, other.name: 2.0}
     timed(other, "cactus", 0.5, processor="fast")
     timed(other, "rooster", 0.7, processor="fast")
-    assert ledger.step_cpu_s(names) == {one.name: 1.0, other.name: 0.6}
-    assert ledger.step_cpu_s([]) == {}
+    assert ledger.step_cpu_s(names, 5) == {one.name: 1.0, other.name: 0.6}
+    assert ledger.step_cpu_s([], 5) == {}
+    # Nor trainings of another length, which are another study's.
+    timed(one, "poodle", 9.0, steps=20, processor="fast")
+    assert ledger.step_cpu_s(names, 5) == {one.name: 1.0, other.name: 0.6}
+    assert ledger.step_cpu_s(names, 20) == {one.name: 9.0}

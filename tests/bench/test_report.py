@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nora_diffusion.bench.report import aim, check_report, share, write_report
+from nora_diffusion.bench.report import aim, beaten_by, check_report, share, write_report
 from nora_diffusion.cli import main
 from nora_diffusion.config import UserError
 
@@ -55,6 +55,28 @@ def test_a_new_result_and_a_number_changed_by_hand_are_found(checkout, monkeypat
     page = checkout / "README.md"
     page.write_text(page.read_text().replace("25 %", "35 %"))
     assert main(["bench", "report", "--check"]) == 1
+
+
+def test_a_template_is_told_the_word_after_its_name(checkout):
+    page = "<!-- report: gap one -->\n<!-- end of report -->\n"
+    (checkout / "README.md").write_text(page + page.replace("one", "two"))
+    (checkout / "benchmarks" / "report" / "gap.md").write_text("of {{ which }}\n")
+    assert check_report(checkout) == ["README.md: gap", "README.md: gap"]
+    write_report(checkout)
+    assert (checkout / "README.md").read_text().splitlines()[1::3] == ["of one", "of two"]
+
+
+def test_what_stands_before_a_method_is_at_least_as_good_in_both():
+    lines = [
+        {"method": name, "gap_closed": gap, "text_adapted": text, "file_bytes": size}
+        for name, gap, text, size in (
+            ("a", 0.05, 0.5, 100), ("b", 0.05, 0.6, 900), ("c", 0.04, 0.9, 1), ("d", 0.9, 0.4, 200),
+        )
+    ]  # fmt: skip
+    lines += [{"method": "diverged"}, {"method": "not timed", "gap_closed": 1.0}]
+    assert beaten_by(lines, "a", "text_adapted") == ["b"]
+    assert beaten_by(lines, "a", "file_bytes") == []
+    assert beaten_by(lines, "b", "file_bytes") == ["a", "d"]
 
 
 def test_what_is_missing_is_named(checkout, tmp_path):

@@ -1,5 +1,6 @@
 """The comparison of methods: equal tries, the rate that is best elsewhere, honest means."""
 
+import itertools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 
 from nora_diffusion.adapter.factors import BASES
 from nora_diffusion.bench.bootstrap import interval, paired_interval
@@ -20,6 +22,8 @@ from nora_diffusion.bench.methods import (
     SPLIT,
     TWO_RATES,
     VARIANTS,
+    WIDER,
+    WIDEST,
     lora,
     nora,
 )
@@ -89,12 +93,8 @@ def test_four_variants_reach_the_last_stage_and_random_is_not_among_them(ledger)
     scores = [row["score"] for row in results["variants"]]
     assert scores == sorted(scores, reverse=True)
     names = {line["method"] for line in results["summary"]}
-    always = {
-        PAPER.name,
-        FITTED.name,
-        SPLIT.name,
-        TWO_RATES.name,
-    }  # whether among the best four or not
+    # Whether among the best four or not.
+    always = {method.name for method in (PAPER, FITTED, SPLIT, TWO_RATES, WIDER, WIDEST)}
     assert names >= {m.name for m in BASELINES} | always
     assert len(names - {m.name for m in BASELINES} - always) in (2, 3, 4)
     assert not any("random" in name for name in names - always)
@@ -361,7 +361,7 @@ def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
     assert min(score for name, score in best.items() if name not in small) > small[FITTED.name]
 
 
-@pytest.mark.parametrize("name", ["methods", "ablation", "longer", "ranks"])
+@pytest.mark.parametrize("name", ["methods", "ablation", "longer", "others", "ranks"])
 def test_recorded_results_gave_every_method_the_same_number_of_tries(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
@@ -379,15 +379,34 @@ def test_the_plot_shows_every_method(ledger, tmp_path, monkeypatch):
     summary = run_ablation(PLAN, ledger, lambda row: None)["summary"]
     for line in summary:
         line["step_cpu_s"] = 0.4
+    summary[-1]["step_cpu_s"] = None  # not timed on that kind of processor
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
     plots.plot_methods(summary, tmp_path / "plot.png")
     (figure,) = drawn
+    numbers = [str(n + 1) for n in range(len(ABLATION))]
+    for axes, shown in zip(figure.axes, [numbers, numbers, numbers, numbers[:-1]], strict=True):
+        assert [text.get_text() for text in axes.texts] == shown
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{number}  {line['method']}" for number, line in zip(numbers, summary, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["methods", "ablation", "longer"])
+def test_no_number_of_a_plot_covers_another_or_a_point(name):
+    """Many methods train as many parameters: their points stand above one another."""
+    from nora_diffusion.bench.plots import methods_figure
+
+    figure = methods_figure(recorded(name)["summary"])
+    figure.draw_without_rendering()
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.texts] == [
-            str(n + 1) for n in range(len(ABLATION))
-        ]
-    assert all(line["method"] in figure.get_supxlabel() for line in summary)
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without its line
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other), axes.get_xlabel()
+        for text, box in zip(axes.texts, boxes, strict=True):
+            assert not any(box.contains(*axes.transData.transform(t.xy)) for t in axes.texts), text
+            assert axes.bbox.fully_containsx(box.x0) and axes.bbox.fully_containsx(box.x1)
 
 
 def test_the_map_of_ranks_shows_every_pair_in_its_place(tmp_path, monkeypatch):
@@ -445,3 +464,29 @@ def test_the_templates_of_the_report_render_what_the_studies_give(ledger, tmp_pa
     assert "| one adapter of both |" not in text and "| both adapters at once | 1 |" in text
     for name in studies:
         assert (tmp_path / f"docs/images/bench-{name}.png").stat().st_size > 10_000
+
+
+def test_the_eight_subjects_flatter_what_is_shipped_and_more_directions_help():
+    """What docs/comparison.md says of twelve other subjects."""
+    lines = {line["method"]: line for line in recorded("others")["summary"]}
+    assert {line["runs"] for line in lines.values()} == {12}
+
+    def low_and_high(name, other, key="score"):
+        found = lines[name]["against"][other][key]
+        return found["low"], found["high"]
+
+    low, high = low_and_high(SPLIT.name, "LoRA r 1")
+    assert low < 0 < high
+    assert all(low_and_high(SPLIT.name, r)[1] < 0 for r in ("LoRA r 2", "LoRA r 16"))
+    for name in (WIDER.name, WIDEST.name):
+        assert low_and_high(name, "LoRA r 1")[0] > 0
+        low, high = low_and_high(name, "LoRA r 2")
+        assert low < 0 < high
+        assert lines[name]["score"] > lines[SPLIT.name]["score"]
+    assert lines[WIDER.name]["text_adapted"] > lines["LoRA r 16"]["text_adapted"]
+    assert lines[WIDEST.name]["score"] > lines["LoRA r 2"]["score"]
+    assert low_and_high(WIDEST.name, "LoRA r 16", "text_adapted")[1] < 0
+    assert low_and_high(WIDEST.name, "LoRA r 16")[1] > 0 > low_and_high(WIDER.name, "LoRA r 16")[1]
+    most_text = max(lines, key=lambda name: lines[name]["text_adapted"])
+    assert most_text.startswith("NoRA 32/8 gradient")
+    assert max(lines, key=lambda name: lines[name]["score"]) == "LoRA r 16"
