@@ -16,13 +16,16 @@ from transformers import AutoConfig, AutoModel
 
 from nora_diffusion.adapter import NoraConfig, deferred_factors, iter_nora_layers
 from nora_diffusion.adapter.components import ignore_lowered_ranks, plain_name, restored
-from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError, shipped_configs
+from nora_diffusion.adapter.targets import ATTENTION, linear_layers_told
+from nora_diffusion.config import RUN_CONFIG, DreamboothConfig, UserError
 from nora_diffusion.families import ASSETS, locate
 from nora_diffusion.families.base import Family
 from nora_diffusion.families.quiet import quiet_loading
 from nora_diffusion.families.skeleton import META, config_folder, skeleton
-from nora_diffusion.run_config import find_config, shipped_recipes
+from nora_diffusion.language_config import LanguageConfig
+from nora_diffusion.run_config import shipped_configs, shipped_recipes
 from nora_diffusion.settings import check_expression, quote, read_toml
+from nora_diffusion.vision_language_config import VisionLanguageConfig
 
 LORA_RANK = 16
 """Of the LoRA whose size stands beside."""
@@ -31,9 +34,10 @@ SHAPES = ("smollm2_135m", "llama3_8b", "llama3_70b", "gpt3_175b", "moe_1t")
 """Language models whose configs come with this package: `assets/shapes/README.md`."""
 
 _ADAPTER = "targets"
-_KEYWORDS = ("attention", "all-linear")
+_KEYWORDS = (ATTENTION, "all-linear")
 _ALLOWED = (
-    f'the name of a shipped config such as "mini" or "sd15", one of {", ".join(SHAPES)}, '
+    'the name of a shipped config such as "mini", "sd15" or "llm", one of mini_clip, '
+    f"{', '.join(SHAPES)}, "
     "a Hugging Face id, a diffusers folder or .safetensors file, a transformers folder or its "
     "config.json, or a .gguf file"
 )
@@ -179,8 +183,16 @@ def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
             nothing = "arget modules" in str(error)
             if nothing and not choice.required:
                 return []
-            raise UserError(f"--targets: {error}") from error
-        return [
+            told = str(error)
+            if nothing and choice.targets != ATTENTION:  # whose error says all of this
+                model = type(choice.model).__name__
+                told = (
+                    f"{_told(choice.targets)}: no such module in this {model}. "
+                    f"{linear_layers_told(choice.model)} Name those to adapt, or their endings; or "
+                    f"give {' or '.join(_KEYWORDS)}"
+                )
+            raise UserError(f"--targets: {told}") from error
+        found = [
             Target(
                 name=plain_name(name),
                 shape=(layer.out_features, layer.in_features),
@@ -189,6 +201,20 @@ def find_targets(choice: Choice, r: int, inner_r: int) -> list[Target]:
             )
             for name, layer in iter_nora_layers(choice.model)
         ]
+    if choice.required and isinstance(choice.targets, list):
+        _warn_of_idle(choice.targets, [target.name for target in found])
+    return found
+
+
+def _warn_of_idle(endings: Sequence[str], found: Sequence[str]) -> None:
+    """Name what fits no module, where other endings do: PEFT passes over it in silence."""
+    idle = [e for e in endings if not any(f".{name}".endswith(f".{e}") for name in found)]
+    if idle:
+        warnings.warn(
+            f"--targets {' '.join(idle)}: no module has this name or ending, so nothing is adapted "
+            "for it (nora targets MODEL --modules lists names)",
+            stacklevel=3,
+        )
 
 
 def parse_targets(given: Sequence[str]) -> Targets | None:
@@ -214,12 +240,13 @@ def _told(targets: Targets) -> str:
 
 
 def _base_of(source: str) -> str:
-    """A base, or that of a shipped config or recipe of this name."""
-    command = DreamboothConfig.command
-    if source not in shipped_configs() | shipped_recipes(command):
-        return source
-    file = find_config(command, source)
-    return str(read_toml(file).get("model", {}).get("base", source))
+    """A base, or that of a shipped config or recipe of this name, whatever command it is for."""
+    for schema in (DreamboothConfig, LanguageConfig, VisionLanguageConfig):
+        command = schema.command
+        file = (shipped_configs(command) | shipped_recipes(command)).get(source)
+        if file is not None:
+            return str(read_toml(file).get("model", {}).get("base", source))
+    return source
 
 
 def _transformers_source(source: str) -> Path | None:
@@ -228,9 +255,12 @@ def _transformers_source(source: str) -> Path | None:
     Raises:
         UserError: neither of the two is there, or it is a run folder.
     """
-    source = "smollm2_135m" if source == "smollm2" else source  # its name in model.base
-    if source in SHAPES:
-        return ASSETS / "shapes" / source
+    base = _base_of(source)
+    shape = "smollm2_135m" if base == "smollm2" else base  # its name in model.base
+    if shape in SHAPES:
+        return ASSETS / "shapes" / shape
+    if base == "mini_clip":
+        return ASSETS / base
     path = Path(source).expanduser()
     if (path / RUN_CONFIG).is_file():
         base = read_toml(path / RUN_CONFIG).get("model", {}).get("base")
@@ -242,7 +272,6 @@ def _transformers_source(source: str) -> Path | None:
         return path
     if path.is_dir() and not (path / "model_index.json").is_file():
         return path
-    base = _base_of(source)
     try:
         located = locate(base)
     except UserError as error:

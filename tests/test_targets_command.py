@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForTokenClassification, MambaConfig
 
 from nora_diffusion.adapter import NoraConfig
 from nora_diffusion.cli import USER_ERROR, main
+from nora_diffusion.families import ASSETS
 from nora_diffusion.targets import LORA_RANK
 
 SMALL = {
@@ -150,6 +151,41 @@ def test_looking_leaves_a_model_as_it_was():
     assert len(find_targets(Choice("attention", model, "attention"), 8, 2)) == 8
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [("llm", "smollm2_135m"), ("clip_fewshot", "mini_clip"), ("mini_clip", ASSETS / "mini_clip")],
+)
+def test_configs_of_other_commands_show_their_bases(capsys, config, base):
+    told = shown(capsys, config, "--targets", "attention")
+    assert told == shown(capsys, str(base), "--targets", "attention")
+    assert re.match(r"attention: \d+ modules", told)
+    assert main(["plan", config, "--r", "8"]) == 0
+    assert "trained parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["targets", "plan"])
+@pytest.mark.parametrize("given", [["nothing"], ["nothing", "at_all"], [r".*\.nothing"]])
+def test_where_nothing_matches_the_linear_layers_are_listed(bert, capsys, command, given):
+    assert main([command, str(bert), "--targets", *given]) == USER_ERROR
+    err = capsys.readouterr().err
+    assert f"--targets: {', '.join(given)}: no such module in this BertForTokenCl" in err
+    assert "attention.self.query (2)" in err and "classifier (1)" in err
+
+
+@pytest.mark.parametrize("command", ["targets", "plan"])
+def test_a_name_that_matches_nothing_beside_others_is_told(bert, command):
+    names = ["query", "qery", "self.key", "lf.value"]  # an ending begins after a dot
+    with pytest.warns(UserWarning, match=r"^--targets qery lf\.value: no module") as told:
+        assert main([command, str(bert), "--targets", *names]) == 0
+    assert len([found for found in told if "--targets" in str(found.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error:--targets")
+def test_names_that_all_match_need_no_warning(bert, capsys):
+    assert "3 modules" in shown(capsys, str(bert), "--targets", "query", "classifier")
+    shown(capsys, "sd15")  # a family's own endings are those of several models
 
 
 def test_the_packaged_language_model_goes_by_its_name_in_configs(capsys):

@@ -86,7 +86,8 @@ def _is_projection(name: str) -> bool:
     return last in _NAMES or any(_PROJECTION.fullmatch(word) for word in words)
 
 
-def _none_found(model: nn.Module) -> str:
+def linear_layers_told(model: nn.Module) -> str:
+    """Kinds of linear layers in a model and how many there are of each, for an error message."""
     kinds = Counter(
         re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name)
         for name, module in adaptable_modules(model).items()
@@ -94,10 +95,14 @@ def _none_found(model: nn.Module) -> str:
     )
     listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(_LISTED))
     more = f" and {len(kinds) - _LISTED} other kinds" if len(kinds) > _LISTED else ""
+    return f"Its linear layers are: {listed or 'none'}{more}."
+
+
+def _none_found(model: nn.Module) -> str:
     return (
         f'target_modules="{ATTENTION}": Target modules not found in this {type(model).__name__}. '
         "Looked for linear layers named like projections (q, k, v, o, qkv, query, key, value, out, "
         f'{", ".join(_NAMES)}) inside modules whose class name ends with "Attention" or whose own '
-        f'name ends with "attn" or "attention". Its linear layers are: {listed or "none"}{more}. '
+        f'name ends with "attn" or "attention". {linear_layers_told(model)} '
         'Name those to adapt in target_modules, or give "all-linear"'
     )

@@ -1,8 +1,9 @@
 """Which pretrained directions an adapter moved: its cores ``C`` in ``W' = W + U C V``.
 
-``U`` and ``V`` hold singular directions of each weight, so entry ``(i, j)`` of ``C`` says how much
-more of the output direction ``i`` the weight now makes of the input direction ``j``. Both are
-orthonormal, so ``|U C V|^2 = |C|^2``: energies need no base model.
+``U`` and ``V`` hold directions of each weight's basis, its singular ones unless the adapter chose
+others, so entry ``(i, j)`` of ``C`` says how much more of the output direction ``i`` the weight now
+makes of the input direction ``j``. Both are orthonormal, so ``|U C V|^2 = |C|^2``: energies need no
+base model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nora_diffusion.adapter import Factors, cached_factors, header
 from nora_diffusion.adapter.components import components_of, match_components, restored
-from nora_diffusion.adapter.factors import DATA_BASES
+from nora_diffusion.adapter.factors import DATA_BASES, Basis
 from nora_diffusion.adapter.header import AdapterFileError
 from nora_diffusion.adapter.loading import add_native, find_files, open_base
 from nora_diffusion.adapter.native import (
@@ -32,6 +33,15 @@ from nora_diffusion.config import UserError
 from nora_diffusion.sampling import adapter_path
 
 Side = Literal["output", "input"]
+
+DIRECTIONS: dict[Basis, tuple[str, str]] = {
+    "weight": ("singular", "singular index, 0 the weight's largest"),
+    "weight_minor": ("minor", "index among the weight's smallest singular values, 0 their largest"),
+    "activation": ("activation", "singular index of the weight times its inputs, 0 the largest"),
+    "gradient": ("gradient", "singular index of the gradient, 0 its largest"),
+    "random": ("random", "random direction number, in no order"),
+}
+"""What the directions of a basis are: in a word, and what their number says."""
 
 _NAME = "nora_inspect"
 _PROJECTIONS = (
@@ -77,6 +87,7 @@ class Moved:
         name: component and module.
         block: the block of the model it lies in.
         projection: q, k, v, qkv, out, ff, conv or other.
+        kind: the basis its directions are of, a key of `DIRECTIONS`.
         core: ``s (P Q - P0 Q0) (r, r)`` in float64: output directions by input directions.
         basis: what the outer factors follow from (fingerprint of the weight, r, basis, seed); None
             where data made them.
@@ -87,6 +98,7 @@ class Moved:
     name: str
     block: str
     projection: str
+    kind: Basis
     core: Tensor
     basis: tuple[str, int, str, int] | None
     factors: Factors | None = None
@@ -119,7 +131,7 @@ class Moved:
         return self.basis is not None and self.basis == other.basis
 
     def directions(self, side: Side) -> Tensor:
-        """Energy ``(r,)`` by singular index: rows of the core for outputs, columns for inputs."""
+        """Energy ``(r,)`` by direction: rows of the core for outputs, columns for inputs."""
         return self.core.square().sum(dim=1 if side == "output" else 0)
 
 
@@ -149,11 +161,24 @@ class Inspection:
             found[getattr(module, attribute)] += module.energy
         return dict(found)
 
+    def kinds(self) -> dict[Basis, list[Moved]]:
+        """The modules by what their directions are: indices of one kind say nothing of another."""
+        found: dict[Basis, list[Moved]] = defaultdict(list)
+        for module in self.modules:
+            found[module.kind].append(module)
+        return dict(found)
+
     def top(self, count: int = 10) -> list[dict[str, Any]]:
-        """The directions that moved most: module, side, singular index, share of all energy."""
+        """The directions that moved most: module, side, basis, index, share of all energy."""
         whole = max(self.energy, 1e-300)
         found = [
-            {"module": module.name, "side": side, "index": index, "share": float(value)}
+            {
+                "module": module.name,
+                "side": side,
+                "basis": module.kind,
+                "index": index,
+                "share": float(value),
+            }
             for module in self.modules
             for side in ("output", "input")
             for index, value in enumerate(module.directions(side) / whole)
@@ -196,6 +221,7 @@ def inspect(run_or_file: str | Path, base: Any = None) -> Inspection:
                 name=place,
                 block=block_of(place),
                 projection=projection_of(module),
+                kind=component.config.basis,
                 core=core,
                 basis=_basis(component, module, core.shape[0]),
                 factors=factors,

@@ -10,7 +10,7 @@ from typing import Any
 
 from nora_diffusion.config import UserError
 from nora_diffusion.disk import write_atomically
-from nora_diffusion.evaluation.inspection import Inspection, inspect, shortened
+from nora_diffusion.evaluation.inspection import DIRECTIONS, Inspection, inspect, shortened
 from nora_diffusion.evaluation.overlap import Overlap, compare
 
 _TOP = 10
@@ -56,13 +56,15 @@ def summary(found: Inspection) -> Iterator[str]:
         width = max(map(len, energies))
         for name, energy in energies.items():
             yield f"  {name:{width}}  {100 * energy / found.energy:5.1f} %"
-    yield "top directions (index 0: the weight's largest singular value):"
     top = found.top(_TOP)
+    words = {kind: DIRECTIONS[kind] for kind in dict.fromkeys(entry["basis"] for entry in top)}
+    yield f"top directions ({'; '.join(index for _, index in words.values())}):"
     width = max(len(shortened(entry["module"])) for entry in top)
+    wide = max(len(word) for word, _ in words.values())
     for entry in top:
         yield (
-            f"  {shortened(entry['module']):{width}}  {entry['side']:6}  {entry['index']:4}  "
-            f"{100 * entry['share']:5.1f} %"
+            f"  {shortened(entry['module']):{width}}  {entry['side']:6}  "
+            f"{words[entry['basis']][0]:{wide}}  {entry['index']:4}  {100 * entry['share']:5.1f} %"
         )
     sizes = {m.name: m.relative_size for m in found.modules if m.relative_size is not None}
     if sizes:
@@ -86,6 +88,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
                 "name": module.name,
                 "block": module.block,
                 "projection": module.projection,
+                "basis": module.kind,
                 "energy": module.energy,
                 "relative_size": module.relative_size,
                 "effective_rank": module.effective_rank,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nora_diffusion.config import UserError
-from nora_diffusion.evaluation.inspection import Inspection, Moved, Side, shortened
+from nora_diffusion.evaluation.inspection import DIRECTIONS, Inspection, Moved, Side, shortened
 from nora_diffusion.evaluation.overlap import Overlap
 
 _ROWS = 120
@@ -21,16 +21,19 @@ _DECADES = 4
 def draw(found: Inspection, folder: Path) -> list[Path]:
     """Write `energy.png` and `directions.png` (`-2`, ... for more modules than fit one).
 
+    Directions of different kinds, singular and random ones, stand in panels of their own.
+
     Raises:
         UserError: matplotlib is not installed.
     """
     pyplot = _pyplot()
-    files = [_energy(pyplot, found, folder / "energy.png")]
+    files = [_save(pyplot, energy_figure(pyplot, found), folder / "energy.png")]
     largest = max(float(m.directions(s).max()) for m in found.modules for s in _sides()) or 1.0
-    for page, begin in enumerate(range(0, len(found.modules), _ROWS), start=1):
+    modules = [module for of_kind in found.kinds().values() for module in of_kind]
+    for page, begin in enumerate(range(0, len(modules), _ROWS), start=1):
         name = "directions.png" if page == 1 else f"directions-{page}.png"
-        rows = found.modules[begin : begin + _ROWS]
-        files.append(_directions(pyplot, rows, largest, found.path, folder / name))
+        rows = Inspection(found.path, found.base, modules[begin : begin + _ROWS])
+        files.append(_save(pyplot, directions_figure(pyplot, rows, largest), folder / name))
     return files
 
 
@@ -68,17 +71,14 @@ def draw_overlap(overlap: Overlap, files: tuple[Path, Path], folder: Path) -> Pa
         f"A's own effect {first:+.2f}, of B's {second:+.2f}",
         fontsize=10,
     )
-    path = folder / "overlap.png"
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return _save(pyplot, figure, folder / "overlap.png")
 
 
-def _energy(pyplot: Any, found: Inspection, path: Path) -> Path:
-    """Shares by block and by projection, and by singular index."""
-    blocks, projections = found.by("block"), found.by("projection")
-    height = max(3.6, 1.2 + 0.2 * len(blocks))
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, height), layout="constrained")
+def energy_figure(pyplot: Any, found: Inspection) -> Any:
+    """Shares by block and by projection, and by the number of each kind of direction."""
+    blocks, projections, kinds = found.by("block"), found.by("projection"), found.kinds()
+    height, panels = max(3.6, 1.2 + 0.2 * len(blocks)), 2 + len(kinds)
+    figure, axes = pyplot.subplots(1, panels, figsize=(4.7 * panels, height), layout="constrained")
     for axis, title, energies in ((axes[0], "block", blocks), (axes[1], "projection", projections)):
         shares = [100 * energy / (found.energy or 1) for energy in energies.values()]
         bars = axis.barh(range(len(shares)), shares, color="tab:blue")
@@ -86,47 +86,55 @@ def _energy(pyplot: Any, found: Inspection, path: Path) -> Path:
         _label_rows(axis, list(energies), size=8)
         axis.invert_yaxis()
         axis.set(xlabel="% of the energy |ΔW|²", title=f"by {title}", xlim=(0, 1.15 * max(shares)))
-    for side, colour in zip(_sides(), ("tab:orange", "tab:green"), strict=True):
-        shares = 100 * _summed(found.modules, side) / (found.energy or 1)
-        axes[2].plot(np.arange(len(shares)), shares, color=colour, label=f"{side} directions")
-    axes[2].set(
-        xlabel="singular index (0: the weight's largest)",
-        ylabel="% of the energy",
-        title="by singular index (small modules have fewer)",
-    )
-    axes[2].legend()
-    axes[2].grid(alpha=0.3)
+    for axis, (kind, modules) in zip(axes[2:], kinds.items(), strict=True):
+        word, index = DIRECTIONS[kind]
+        for side, colour in zip(_sides(), ("tab:orange", "tab:green"), strict=True):
+            shares = 100 * _summed(modules, side) / (found.energy or 1)
+            style = "o" if kind == "random" else "-"  # a line would tell of an order
+            axis.plot(shares, style, color=colour, markersize=3, label=f"{side} directions")
+        axis.set(xlabel=index, ylabel="% of the energy", ylim=(0, None))
+        axis.set_title(
+            f"{word} directions of {len(modules)} modules, small ones with fewer", size=9
+        )
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
     figure.suptitle(f"{_told(found.path)}: |ΔW| = {found.energy**0.5:.4g}", fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return figure
 
 
-def _directions(
-    pyplot: Any, rows: Sequence[Moved], largest: float, source: Path, path: Path
-) -> Path:
-    """Heat maps of modules by singular index, for output and input directions."""
+def directions_figure(pyplot: Any, found: Inspection, largest: float) -> Any:
+    """Heat maps of modules by direction, of outputs and of inputs; each kind has its own."""
     from matplotlib.colors import LogNorm
 
-    width = max(module.core.shape[0] for module in rows)
+    kinds, count = found.kinds(), len(found.modules)
+    height = 1.0 + 0.7 * len(kinds) + 0.17 * count
     figure, axes = pyplot.subplots(
-        1, 2, figsize=(13, 1.7 + 0.17 * len(rows)), sharey=True, layout="constrained"
-    )
+        len(kinds), 2, figsize=(13, height), sharey="row", layout="constrained", squeeze=False,
+        height_ratios=[len(modules) for modules in kinds.values()],
+    )  # fmt: skip
     norm = LogNorm(largest * 10.0**-_DECADES, largest, clip=True)
     image = None
-    for axis, side in zip(axes, _sides(), strict=True):
-        energies = np.full((len(rows), width), np.nan)
-        for place, module in enumerate(rows):
-            energies[place, : module.core.shape[0]] = module.directions(side).numpy()
-        image = axis.imshow(
-            energies + largest * 1e-12, norm=norm, aspect="auto", cmap="magma", interpolation="none"
-        )
-        axis.set_title(f"{side} directions")
-        axis.set_xlabel("singular index (0: the weight's largest)")
-    _label_rows(axes[0], [module.name for module in rows])
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 8 / (0.17 * len(rows) + 1)), pad=0.01)
+    for row, (kind, modules) in zip(axes, kinds.items(), strict=True):
+        word, index = DIRECTIONS[kind]
+        width = max(module.core.shape[0] for module in modules)
+        for axis, side in zip(row, _sides(), strict=True):
+            energies = np.full((len(modules), width), np.nan)
+            for place, module in enumerate(modules):
+                energies[place, : module.core.shape[0]] = module.directions(side).numpy()
+            image = axis.imshow(
+                energies + largest * 1e-12, norm=norm, aspect="auto", cmap="magma",
+                interpolation="none",
+            )  # fmt: skip
+            axis.set_title(f"{word} {side} directions")
+            axis.set_xlabel(index)
+        _label_rows(row[0], [module.name for module in modules])
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 8 / (0.17 * count + 1)), pad=0.01)
     bar.set_label("energy of ΔW in the direction (log scale; darkest: that or less)")
-    figure.suptitle(f"{_told(source)}: which singular directions of each weight moved", fontsize=10)
+    figure.suptitle(f"{_told(found.path)}: which directions of each weight moved", fontsize=10)
+    return figure
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path

@@ -67,13 +67,62 @@ def inputs_of(choice: Choice, batch: int, tokens: int, resolution_px: int | None
     takes = inspect.signature(model.forward).parameters
     causal = getattr(model, "main_input_name", "") == "input_ids" and "labels" in takes
     if not causal or not model.can_generate() or model.config.is_encoder_decoder:
-        return f"{type(model).__name__} is neither a denoiser nor a causal language model"
+        return _other_inputs(model, batch, tokens)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=META)
 
     def loss() -> Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     return Inputs(loss, [ids], f"batch {batch}, {tokens} tokens, all of them trained on")
+
+
+def _other_inputs(model: Any, batch: int, tokens: int) -> Inputs | str:
+    """Of a transformers model that reads ids or pixels: its whole texts and pictures."""
+    made = arguments_of(model, batch, tokens, META)
+    if isinstance(made, str):
+        return made
+    arguments, size = made
+    own = "labels" in arguments or "return_loss" in arguments
+    size += "" if own else "; the mean of its first output stands in for a loss"
+
+    def loss() -> Tensor:
+        found = model(**arguments)
+        return found.loss if own else found[0].float().mean()
+
+    return Inputs(loss, [a for a in arguments.values() if isinstance(a, Tensor)], f"batch {size}")
+
+
+def arguments_of(
+    model: Any, batch: int, tokens: int, device: torch.device
+) -> tuple[dict[str, Any], str] | str:
+    """What a transformers model's forward pass takes, and its size in words; or why it is unknown.
+
+    Texts are no longer than the model's positions. An encoder-decoder writes what it reads, and a
+    model that compares texts with pictures does so within the batch.
+    """
+    takes, config = inspect.signature(model.forward).parameters, model.config
+    text = getattr(config, "text_config", config)
+    vision = getattr(config, "vision_config", config)
+    arguments: dict[str, Any] = {}
+    size = str(batch)
+    if "input_ids" in takes:
+        length = min(tokens, getattr(text, "max_position_embeddings", tokens))
+        arguments["input_ids"] = torch.zeros(batch, length, dtype=torch.long, device=device)
+        size += f", {length} tokens"
+    if "pixel_values" in takes and hasattr(vision, "image_size"):
+        side = vision.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        shape = (batch, getattr(vision, "num_channels", 3), height, width)
+        arguments["pixel_values"] = torch.zeros(shape, dtype=model.dtype, device=device)
+        size += f", {height} x {width} px"
+    if getattr(model, "main_input_name", "") not in arguments:
+        return f"what {type(model).__name__} reads is neither ids of a text nor pixels"
+    if config.is_encoder_decoder and "labels" in takes:
+        arguments["labels"] = arguments["input_ids"]
+        size += " to as many"
+    if "return_loss" in takes:
+        arguments["return_loss"] = True
+    return arguments, size
 
 
 def run_step(model: nn.Module, inputs: Inputs) -> StepBytes | str:

@@ -90,7 +90,8 @@ def _fused_attention() -> Iterator[None]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.is_meta:
-            return _Attention.apply(query, key, value)  # pyright: ignore[reportReturnType]
+            mask = args[0] if args else kwargs.get("attn_mask")
+            return _Attention.apply(query, key, value, mask)  # pyright: ignore[reportReturnType]
         return original(query, key, value, *args, **kwargs)
 
     # Not a TorchFunctionMode: that is off inside backward, where checkpointed layers run again.
@@ -102,23 +103,27 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps query, key, value, output and one float32 a row (Dao et al. 2022, arXiv 2205.14135)."""
+    """Keeps query, key, value, output and one float32 a row (Dao et al. 2022, arXiv 2205.14135).
+
+    And a mask of numbers, such as T5's bias of positions, of which every layer makes its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Returns (B, H, L, V), empty."""
         # (B, L, H, V) in memory, as the fused kernels write it: reshaping it makes no copy.
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, rows)
+        bias = mask if mask is not None and mask.is_floating_point() else None
+        ctx.save_for_backward(query, key, value, out, rows, bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Returns empty gradients of the three inputs."""
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 
 from nora_diffusion.adapter import NoraConfig, iter_nora_layers
@@ -14,6 +15,8 @@ from nora_diffusion.adapter.files import load_adapter, save_adapter
 from nora_diffusion.adapter.lora import export_lora
 from nora_diffusion.cli import USER_ERROR, main
 from nora_diffusion.evaluation.inspection import block_of, inspect, projection_of, shortened
+from nora_diffusion.evaluation.inspection_command import as_json, summary
+from nora_diffusion.evaluation.inspection_pictures import directions_figure, energy_figure
 from nora_diffusion.evaluation.interference import measure_interference
 from nora_diffusion.evaluation.overlap import compare
 from nora_diffusion.families import load_pipeline
@@ -229,6 +232,69 @@ def test_the_command_writes_readable_files(pipe, modules, tmp_path, capsys):
     assert "cosine of the updates: +1.000" in capsys.readouterr().out
     assert json.loads((out / "overlap.json").read_text())["shared"] == pytest.approx(1)
     assert (out / "overlap.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(tmp_path_factory) -> Path:
+    """Singular directions in the UNet, random ones in the text encoder; all entries moved."""
+    pipe = tiny_pipeline("sd15")
+    pipe.unet.add_adapter(NoraConfig(r=R, inner_r=K, target_modules=ATTENTION), "kinds")
+    text = NoraConfig(r=2 * R, inner_r=K, target_modules=["q_proj", "v_proj"], basis="random")
+    pipe.text_encoder.add_adapter(text, "kinds")
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for model in (pipe.unet, pipe.text_encoder):
+            for _, layer in iter_nora_layers(model):
+                layer.nora_inner_B["kinds"].normal_(generator=draw)
+        layer.nora_inner_B["kinds"][3] += 2  # one of the text encoder's is among the top
+    return save_adapter(pipe, tmp_path_factory.mktemp("kinds") / "adapter.safetensors", "kinds")
+
+
+def test_directions_of_two_kinds_are_never_summed_and_say_what_they_are(of_two_kinds):
+    found = inspect(of_two_kinds)
+    kinds = found.kinds()
+    assert set(kinds) == {"weight", "random"}
+    assert all(m.name.startswith("text_encoder.") for m in kinds["random"])
+    assert all(m.name.startswith("unet.") for m in kinds["weight"])
+    labels = {"weight": "singular index, 0 the weight's", "random": "random direction number"}
+
+    figure = energy_figure(pyplot, found)
+    panels = dict(zip(kinds, figure.axes[2:], strict=True))
+    for kind, modules in kinds.items():
+        assert panels[kind].get_xlabel().startswith(labels[kind])
+        whole = 100 * sum(module.energy for module in modules) / found.energy
+        for line in panels[kind].lines:
+            assert line.get_ydata().sum() == pytest.approx(whole)
+    assert panels["random"].lines[0].get_linestyle() == "None", "a line tells of an order"
+    pyplot.close(figure)
+
+    figure = directions_figure(pyplot, found, 1.0)
+    maps = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    for axis, (kind, modules) in zip(maps[::2], kinds.items(), strict=True):
+        assert axis.get_xlabel().startswith(labels[kind])
+        assert [text.get_text() for text in axis.get_yticklabels()] == [
+            shortened(module.name) for module in modules
+        ]
+        assert axis.images[0].get_array().shape[1] == max(len(m.core) for m in modules)
+    pyplot.close(figure)
+
+
+def test_the_text_of_an_inspection_names_the_kind_of_each_direction(of_two_kinds):
+    found = inspect(of_two_kinds)
+    told = list(summary(found))
+    begin = next(place for place, line in enumerate(told) if line.startswith("top directions"))
+    rows = told[begin + 1 : begin + 11]
+    for row, entry in zip(rows, found.top(10), strict=True):
+        assert ("random" in row, "singular" in row) == (
+            entry["module"].startswith("text_encoder."), entry["module"].startswith("unet.")
+        )  # fmt: skip
+    assert {"random", "weight"} == {entry["basis"] for entry in found.top(10)}
+    assert "random direction number" in told[begin] and "singular index" in told[begin]
+    numbers = as_json(found)
+    assert {(m["name"].partition(".")[0], m["basis"]) for m in numbers["modules"]} == {
+        ("unet", "weight"),
+        ("text_encoder", "random"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft.mapping import inject_adapter_in_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, DeepseekV3Config, GPT2Config, LlamaConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    ViTConfig,
+    Wav2Vec2Config,
+)
 
 from nora_diffusion.adapter import factorise
 from nora_diffusion.adapter.factors import factorise_flops
@@ -19,7 +30,7 @@ from nora_diffusion.cli import USER_ERROR, main
 from nora_diffusion.planning import steps
 from nora_diffusion.planning.methods import Method, adapted, count
 from nora_diffusion.planning.plan import Request, make_plan
-from nora_diffusion.planning.steps import Inputs, StepBytes, inputs_of, run_step
+from nora_diffusion.planning.steps import Inputs, StepBytes, arguments_of, inputs_of, run_step
 from nora_diffusion.targets import SHAPES, Choice, choices_of, find_targets
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +42,8 @@ TINY = {
     "num_hidden_layers": 7,
     "num_attention_heads": 4,
 }
+PICTURES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "image_size": 16, "patch_size": 4}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(**TINY, num_key_value_heads=2, architectures=["LlamaForCausalLM"]),
     "gpt2": GPT2Config(
@@ -43,7 +56,22 @@ CONFIGS = {
         first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=8, architectures=["DeepseekV3ForCausalLM"],
     ),
-    "bert": BertConfig(**TINY, architectures=["BertForTokenClassification"]),
+    "bert": BertConfig(
+        **TINY, attention_probs_dropout_prob=0.0, architectures=["BertForTokenClassification"]
+    ),
+    "t5": T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=5, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"],
+    ),
+    "vit": ViTConfig(**PICTURES, architectures=["ViTForImageClassification"]),
+    "clip": CLIPConfig(
+        text_config={**TINY, "max_position_embeddings": 10}, vision_config=PICTURES,
+        architectures=["CLIPModel"],
+    ),
+    "wav2vec2": Wav2Vec2Config(
+        **TINY, conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, architectures=["Wav2Vec2Model"],
+    ),
 }  # fmt: skip
 ASKED = Request(r=8, inner_r=2, lora_r=4, dtype="fp32", tokens=12)
 
@@ -167,15 +195,47 @@ def test_experts_that_are_linear_layers_are_adapted():
         assert count(choice, Method("NoRA", 8, 2)).trained == 2 * 2 * 8 * 2
 
 
+@pytest.mark.parametrize("method", [Method("LoRA", 4), Method("NoRA", 8, 2)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("bert", "batch 2, 12 tokens; the mean of its first output stands in for a loss"),
+        ("t5", "batch 2, 12 tokens to as many"),
+        ("vit", "batch 2, 16 x 16 px; the mean of its first output stands in for a loss"),
+        ("clip", "batch 2, 10 tokens, 16 x 16 px"),
+    ],
+)
+def test_steps_of_other_models_keep_what_real_ones_keep(folder, benchmark, name, size, method):
+    (choice,) = choices_of(folder(name), "attention", torch.float32)
+    choice.model.requires_grad_(False)
+    inputs = inputs_of(choice, 2, 12, None)
+    assert isinstance(inputs, Inputs) and inputs.size == size
+    real: Any = type(choice.model)(choice.model.config).requires_grad_(False).train()
+    made = arguments_of(real, 2, 12, torch.device("cpu"))
+    assert isinstance(made, tuple)
+
+    def loss():
+        found = real(**made[0])
+        return found.loss if "loss" in found else found[0].float().mean()
+
+    targets = find_targets(choice, 8, 2)
+    with adapted(choice, targets, method):
+        planned = run_step(choice.model, inputs)
+    config = benchmark.config_of(method, real, [target.name for target in targets])
+    inject_adapter_in_model(config, real, "real")
+    assert isinstance(planned, StepBytes)
+    assert planned.kept == pytest.approx(benchmark.bytes_saved(real, loss), rel=0.05)
+
+
 def test_a_step_that_cannot_be_run_is_unknown_and_the_rest_is_told(folder, capsys):
-    assert main(["plan", folder("bert"), "--json"]) == 0
+    assert main(["plan", folder("wav2vec2"), "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
     for row in plan["rows"]:
-        assert row["training_bytes"] is None and "neither a denoiser" in row["step"]
+        assert row["training_bytes"] is None and "neither ids of a text nor" in row["step"]
         assert row["counted"]["trained"] > 0
-    assert main(["plan", folder("bert")]) == 0
+    assert main(["plan", folder("wav2vec2")]) == 0
     out = capsys.readouterr().out
-    assert "a step is unknown: BertForTokenClassification is neither" in out
+    assert "a step is unknown: what Wav2Vec2Model reads is neither" in out
     assert out.count("unknown") == 7
 
 
