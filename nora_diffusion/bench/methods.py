@@ -111,14 +111,16 @@ FITTED = nora(init="gradient")
 
 SPLIT = nora(init="gradient", text_basis="random")
 """The fitted start on the weight's directions in the denoiser, and on random ones in its text
-encoder: what is shipped."""
+encoder, as shipped but for the ranks."""
 
 TWO_RATES = nora(init="gradient", text_basis="random", ratio=3.0)
 """The same with Q at a third of P's learning rate, as in LoRA+."""
 
 WIDER = nora(r=64, inner_r=4, init="gradient", text_basis="random")
+"""As many numbers spread over twice the directions: mini's config."""
+
 WIDEST = nora(r=128, inner_r=2, init="gradient", text_basis="random")
-"""What is shipped, with as many numbers spread over two and four times the directions."""
+"""And over four times as many."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

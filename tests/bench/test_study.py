@@ -236,20 +236,24 @@ def test_with_each_basis_the_fitted_start_scored_above_the_seeded_one():
         assert scores[fitted] > scores[seeded]
 
 
-def test_what_is_shipped_is_level_with_lora_r_16_and_above_its_own_size():
+def test_mini_s_ranks_are_above_their_own_size_and_level_with_lora_r_16():
     """What docs/comparison.md says of the final stage."""
     lines = {line["method"]: line for line in recorded("methods")["summary"]}
     assert {line["runs"] for line in lines.values()} == {24}
     best = sorted(lines, key=lambda name: -lines[name]["score"])
-    assert best[:5] == ["LoRA r 64", "DoRA r 4", TWO_RATES.name, SPLIT.name, "LoRA r 16"]
-    ours, fitted = lines[SPLIT.name], lines[FITTED.name]
-    differences = {other: ours["against"][other]["score"] for other in REFERENCES}
-    assert differences["LoRA r 1"]["low"] > 0
-    assert all(differences[r]["low"] < 0 < differences[r]["mean"] for r in REFERENCES[1:])
-    assert differences["LoRA r 16"]["mean"] < 0.005
-    text = ours["against"]["LoRA r 16"]["text_adapted"]
-    assert text["mean"] < 0 < text["high"]
+    assert best[:4] == ["LoRA r 64", WIDER.name, "DoRA r 4", TWO_RATES.name]
+    assert best[4:6] == [SPLIT.name, "LoRA r 16"]
+    for method in (WIDER, SPLIT):
+        against = lines[method.name]["against"]
+        differences = {other: against[other]["score"] for other in REFERENCES}
+        assert differences["LoRA r 1"]["low"] > 0
+        assert all(differences[r]["low"] < 0 < differences[r]["mean"] for r in REFERENCES[1:])
+        text = against["LoRA r 16"]["text_adapted"]
+        assert text["mean"] < 0 < text["high"]
+    assert lines[WIDER.name]["text_adapted"] > lines[SPLIT.name]["text_adapted"]
+    assert lines[WIDEST.name]["score"] < lines[SPLIT.name]["score"]
     # The largest directions in the text encoder as well: as near to the subject, with text lost.
+    fitted = lines[FITTED.name]
     assert -0.02 < fitted["against"]["LoRA r 16"]["score"]["mean"] < 0
     assert fitted["against"]["LoRA r 16"]["text_adapted"]["high"] < 0
     assert lines[PAPER.name]["score"] < lines["LoRA r 1"]["score"]
@@ -357,7 +361,7 @@ def test_at_equal_parameters_the_fitted_start_scored_highest_in_the_search():
     search = recorded("methods")["search"]
     best = {name: max(found["scores"].values()) for name, found in search.items()}
     small = {name: best[name] for name in best if search[name]["trained_parameters"] < 61_000}
-    assert len(small) == 13 and max(small, key=lambda name: small[name]) == FITTED.name
+    assert len(small) == 15 and max(small, key=lambda name: small[name]) == FITTED.name
     assert min(score for name, score in best.items() if name not in small) > small[FITTED.name]
 
 
@@ -466,7 +470,7 @@ def test_the_templates_of_the_report_render_what_the_studies_give(ledger, tmp_pa
         assert (tmp_path / f"docs/images/bench-{name}.png").stat().st_size > 10_000
 
 
-def test_the_eight_subjects_flatter_what_is_shipped_and_more_directions_help():
+def test_the_eight_subjects_flatter_nora_and_more_directions_help():
     """What docs/comparison.md says of twelve other subjects."""
     lines = {line["method"]: line for line in recorded("others")["summary"]}
     assert {line["runs"] for line in lines.values()} == {12}
