@@ -247,7 +247,7 @@ def _values(name: str) -> st.SearchStrategy:
         "adapter.target_modules": st.none() | st.lists(text),
         "sample.prompts": st.lists(text, min_size=1),
         "sample.negative_prompt": text,
-        "data.trigger": text,
+        "data.trigger": text.filter(lambda given: not given.isspace()),
         "output.portable": st.none() | st.booleans(),
     }
     return special[name]
