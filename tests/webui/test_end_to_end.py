@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STEPS = 100
 AT_WORK = re.compile(rf"step [1-9]\d* of {STEPS}")
+# Gradio's own, of a request that a reload or a closed page cuts off: the app did no wrong.
+CUT_OFF = re.compile("AbortError|Failed to fetch|Connection errored out")
 ROUNDING = 2  # of 255: the page has the adapter inside the base's weights, diffusers beside them
 
 
@@ -34,7 +36,7 @@ class Visit:
         self.context = browser.new_context(viewport={"width": 1440, "height": 900})
         self.context.set_default_timeout(TIMEOUT_MS)
         self.context.on("console", self._hear)
-        self.context.on("weberror", lambda error: self.complaints.append(str(error.error)))
+        self.context.on("weberror", lambda error: self._complain(str(error.error)))
         self.context.on("request", self._notice)
         self.page = self.open("Subject")
 
@@ -50,7 +52,11 @@ class Visit:
 
     def _hear(self, message) -> None:
         if message.type == "error":
-            self.complaints.append(message.text)
+            self._complain(message.text)
+
+    def _complain(self, told: str) -> None:
+        if not CUT_OFF.search(told):
+            self.complaints.append(told)
 
     def _notice(self, request) -> None:
         if not request.url.startswith((f"{self.url}/", "data:", "blob:")):
