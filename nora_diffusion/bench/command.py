@@ -104,9 +104,10 @@ def _longer(args: argparse.Namespace) -> int:
 
 
 def _others(args: argparse.Namespace) -> int:
-    from nora_diffusion.bench.study import OTHER_SUBJECTS, Plan, run_others
+    from nora_diffusion.bench.study import OTHER_SUBJECTS, OTHERS_SEARCHED_ON, Plan, run_others
 
-    return _compare(args, run_others, Plan(args.steps, subjects=OTHER_SUBJECTS, seeds=(0,)))
+    plan = Plan(args.steps, searched_on=OTHERS_SEARCHED_ON, subjects=OTHER_SUBJECTS, seeds=(0,))
+    return _compare(args, run_others, plan)
 
 
 def _ranks(args: argparse.Namespace) -> int:

@@ -73,6 +73,17 @@ OTHER_SUBJECTS = (
 )
 """Held-out emoji with an animation that are not among the eight, nor searched on."""
 
+OTHERS_SEARCHED_ON = (
+    *SEARCHED_ON,
+    "parrot",
+    "lady beetle",
+    "mango",
+    "fire engine",
+    "teddy bear",
+    "hiking boot",
+)
+"""Two subjects chose a rate for LoRA r 1 that suits few others, and flattered what it is beside."""
+
 LONGER = (TWO_RATES, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
 
 
