@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 from _common import write_result
-from _weight_gradients import adapted_layers, most_energy, summed_gradients
 from torch import Tensor
 
+from nora_diffusion.adapter import iter_nora_layers
 from nora_diffusion.adapter.factors import seeded_orthonormal
 from nora_diffusion.bench import trial
 from nora_diffusion.bench.methods import nora
 from nora_diffusion.bench.ruler import PHOTO_PX
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.subjects import subject_views
+from nora_diffusion.train.adapters import subject_loss
 
 BATCHES = 32
 KINDS = {"attn1": "self-attention", "attn2": "cross-attention", ".ff.": "feed-forward"}
@@ -47,10 +48,19 @@ def gradients(subject: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         wanted = trial.Trial(nora(), subject, 2e-2, 0, 1)
         cfg = trial.trial_config(wanted, views, Path(folder))
         session = trial.open_session(cfg, wanted.method, Path(folder), torch.device("cpu"))
-        halves = [summed_gradients(session, range(half, BATCHES, 2)) for half in (0, 1)]
-    for name, layer in adapted_layers(session).items():
-        a, b = (half[name].double() for half in halves)
-        yield name, layer.base_matrix().double(), a, b
+        weights = {
+            f"{component}.{name}": layer.get_base_layer().weight.requires_grad_()
+            for component, model in session.models.items()
+            for name, layer in iter_nora_layers(model)
+        }
+        halves = [[torch.zeros_like(w) for w in weights.values()] for _ in range(2)]
+        for index in range(BATCHES):
+            loss = subject_loss(cfg, session.family, session.inputs, index, encode=True)
+            found = torch.autograd.grad(loss, list(weights.values()))
+            for total, gradient in zip(halves[index % 2], found, strict=True):
+                total += gradient
+    for (name, weight), a, b in zip(weights.items(), *halves, strict=True):
+        yield name, weight.detach().double(), a.double(), b.double()
 
 
 def bases(weight: Tensor, fitted_on: Tensor) -> Iterator[tuple[str, Tensor, Tensor, int]]:
@@ -59,7 +69,7 @@ def bases(weight: Tensor, fitted_on: Tensor) -> Iterator[tuple[str, Tensor, Tens
     for r, k in ((32, 8), (64, 4), (128, 2)):
         yield f"the largest of W, {r}/{k}", left[:, :r], right[:r], k
     energy = (left.mT @ fitted_on @ right.mT).square()
-    rows, columns = most_energy(energy, 32)
+    rows, columns = energy.sum(1).topk(32).indices, energy.sum(0).topk(32).indices
     yield "chosen among W's by gradient, 32/8", left[:, rows], right[columns], 8
     left, _, right = _linalg.svd(fitted_on, full_matrices=False)
     yield "the largest of the gradient, 32/8", left[:, :32], right[:32], 8

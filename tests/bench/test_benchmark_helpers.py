@@ -51,3 +51,33 @@ def test_tasks_without_their_extra_show_help_and_say_what_is_missing(monkeypatch
     finally:
         for name in ("_common", "_names", "_tasks"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+    folder = COMMON.parent
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "_common", raising=False)
+    spec = importlib.util.spec_from_file_location("benchmarks_held_out", folder / "held_out.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("_common", None)
+
+
+def test_methods_are_ranked_by_what_holds_for_other_views(held_out):
+    few, many = held_out.METHODS[:2]
+    rows = [
+        {"method": method.name, "rate": rate, "subject": subject, "trained_parameters": 7,
+         "photos": learnt, "held_out": held + 0.1 * (subject == "b")}
+        for method, rate, learnt, held in (
+            (few, 0.1, 0.5, 0.2), (few, 0.2, 0.7, 0.1), (many, 0.1, 0.4, 0.3), (many, 0.2, 0.6, 0.0)
+        )
+        for subject in "ab"
+    ]  # fmt: skip
+    found = held_out.summarise(rows)
+    assert [line["method"] for line in found] == [many.name, few.name]
+    assert [(line["best_rate"], line["photos"]) for line in found] == [("0.1", 0.4), ("0.1", 0.5)]
+    assert found[1]["held_out"] == pytest.approx(0.25)
+    assert found[1]["rates"]["0.2"] == {"photos": 0.7, "held_out": 0.15}

@@ -540,3 +540,18 @@ def test_what_was_tried_on_twenty_subjects_won_no_more_than_its_error():
     slower = (WIDER.name, 0.01)
     assert difference(slower, ours, OTHER_SUBJECTS) == (-0.008, -0.029, 0.015)
     assert difference(slower, ours, OTHER_SUBJECTS, "text_adapted") == (0.023, 0.001, 0.045)
+
+
+def test_nora_learns_as_much_of_the_photos_and_less_of_it_holds():
+    """What docs/comparison.md says of held-out views."""
+    lines = {line["method"]: line for line in recorded("held_out")["summary"]}
+    best = {name: round(100 * line["held_out"], 1) for name, line in lines.items()}
+    loras = [best[name] for name in REFERENCES]
+    assert (min(loras), max(loras)) == (47.5, 48.0)
+    noras = [best[name] for name in lines if name.startswith("NoRA")]
+    assert max(noras) < min(loras)
+    spread = [best[method.name] for method in (SPLIT, WIDER, WIDEST)]
+    assert spread == sorted(spread) and (spread[0], spread[-1]) == (min(noras), max(noras))
+    photos = [line["rates"]["0.02"]["photos"] for name, line in lines.items() if "NoRA" in name]
+    assert 0.60 < min(photos) and max(photos) < 0.62
+    assert {lines[name]["best_rate"] for name in lines if "NoRA" in name} == {"0.002", "0.006"}
