@@ -173,9 +173,7 @@ def sample(visit: Visit) -> tuple[np.ndarray, PictureSettings]:
     page.locator("#create-count input[type=number]").fill("1")
     page.locator("#create-seed input").fill("7")
     page.get_by_role("button", name="Steps, guidance, size").click()
-    page.locator("#create-steps input[type=number]").fill("8")
-    # The page's own state has it once the slider beside the number stands there.
-    expect(page.locator("#create-steps input[type=range]")).to_have_value("8")
+    set_slider(page, "#create-steps", "8")
     page.get_by_role("button", name="Generate").click()
     drawn = page.locator("#create-results img")
     expect(drawn).to_have_count(1)
@@ -188,6 +186,26 @@ def sample(visit: Visit) -> tuple[np.ndarray, PictureSettings]:
     assert (settings.prompt, settings.seed) == ("a sks flower on the beach", 7)
     assert (settings.steps, [one.name for one in settings.adapters]) == (8, ["Hibiscus"])
     return pixels(Image.open(io.BytesIO(file))), settings
+
+
+def set_slider(page: Page, where: str, value: str) -> None:
+    """Type a number beside a slider until the page has it.
+
+    One typed the moment its section opens can be lost while Gradio is still putting it there; a
+    person sees the old number and types again.
+    """
+    from playwright.sync_api import expect
+
+    slider = page.locator(f"{where} input[type=range]")
+    for _ in range(5):
+        page.locator(f"{where} input[type=number]").fill(value)
+        try:
+            # The page's own state has it once the slider beside the number stands there.
+            expect(slider).to_have_value(value, timeout=5000)
+            return
+        except AssertionError:
+            continue
+    expect(slider).to_have_value(value)
 
 
 def compare(visit: Visit) -> None:
