@@ -5,8 +5,7 @@
 On mini, 100 steps by the recipe's own loop: the share of the base's loss that is gone on the
 photos (with noise that the training did not see), and on twelve views with other backgrounds,
 places and frames. No picture is drawn, so a row is cheap and steady; every method is trained at
-all of its learning rates.
-A training that is in ``benchmarks/results/held_out.json`` is not repeated.
+all of its learning rates. What is in ``benchmarks/results/held_out.json`` is not trained again.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import os
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ import torch
 from _common import RESULTS, write_result
 from tqdm import tqdm
 
-from nora_diffusion.bench import trial
-from nora_diffusion.bench.methods import SPLIT, WIDER, WIDEST, Method, lora, nora
+from nora_diffusion.bench.methods import SPLIT, WIDER, WIDEST, lora, nora
 from nora_diffusion.bench.parallel import side_by_side
 from nora_diffusion.bench.ruler import BASE_HASH, PHOTO_PX
+from nora_diffusion.bench.trial import Trial, open_session, trial_config
 from nora_diffusion.config import DreamboothConfig
 from nora_diffusion.mini.__main__ import PRESETS, default_work_folder
 from nora_diffusion.mini.subjects import subject_views, write_views
@@ -51,20 +49,6 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class Task:
-    """One training."""
-
-    method: Method
-    rate: float
-    subject: str
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """Of its row."""
-        return {"method": self.method.name, "rate": self.rate, "subject": self.subject}
-
-
 @torch.no_grad()
 def mean_loss(cfg: DreamboothConfig, session: Session, inputs: Inputs) -> float:
     """The subject's loss on some pictures, always with the same noise."""
@@ -73,15 +57,14 @@ def mean_loss(cfg: DreamboothConfig, session: Session, inputs: Inputs) -> float:
     return statistics.mean(map(float, losses))
 
 
-def measure(task: Task) -> dict[str, Any]:
-    """Train once; the losses before and after."""
+def measure(wanted: Trial) -> dict[str, Any]:
+    """Train once; the shares of the losses that are gone."""
     torch.set_num_threads(1)
-    wanted = trial.Trial(task.method, task.subject, task.rate, 0, STEPS)
-    views = subject_views(task.subject, default_work_folder() / PRESETS["cpu"].name, PHOTO_PX)
+    views = subject_views(wanted.subject, default_work_folder() / PRESETS["cpu"].name, PHOTO_PX)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = trial.trial_config(wanted, views, folder)
-        session = trial.open_session(cfg, wanted.method, folder, torch.device("cpu"))
+        cfg = trial_config(wanted, views, folder)
+        session = open_session(cfg, wanted.method, folder, torch.device("cpu"))
         write_views(views.held_out, folder / "held_out")
         data = cfg.data.model_copy(update={"subject": str(folder / "held_out")})
         others = cfg.model_copy(update={"data": data})
@@ -91,11 +74,11 @@ def measure(task: Task) -> dict[str, Any]:
         try:
             train(session)
         except TrainingDiverged:
-            return {**task.key, "diverged": True, "photos": 0.0, "held_out": 0.0}
+            return {**wanted.key, "diverged": True, "photos": 0.0, "held_out": 0.0}
         after = {key: mean_loss(own, session, inputs) for key, (own, inputs) in sets.items()}
     trained = sum(parameter.numel() for parameter in session.parameters.values())
     learnt = {key: round(1 - after[key] / before[key], 4) for key in sets}
-    return {**task.key, "trained_parameters": trained, **learnt}
+    return {**wanted.key, "trained_parameters": trained, **learnt}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,10 +88,12 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if row["method"] == method.name]
         if not own:
             continue
-        rates = sorted({row["rate"] for row in own})
+        rates = sorted({row["learning_rate"] for row in own})
         means = {
             f"{rate:g}": {
-                key: round(statistics.mean(row[key] for row in own if row["rate"] == rate), 4)
+                key: round(
+                    statistics.mean(row[key] for row in own if row["learning_rate"] == rate), 4
+                )
                 for key in ("photos", "held_out")
             }
             for rate in rates
@@ -132,14 +117,14 @@ def main() -> None:
     path = RESULTS / "held_out.json"
     there = json.loads(path.read_bytes())["results"] if path.is_file() else {}
     rows = there["rows"] if there.get("about") == about else []
-    tasks = [
-        Task(method, rate, subject)
+    trials = [
+        Trial(method, subject, rate, 0, STEPS)
         for method in METHODS
         for rate in method.rates
         for subject in args.subjects
     ]
-    known = [{key: row[key] for key in ("method", "rate", "subject")} for row in rows]
-    left = [task for task in tasks if task.key not in known]
+    known = [{key: row[key] for key in trials[0].key} for row in rows]
+    left = [trial for trial in trials if trial.key not in known]
 
     def save() -> None:
         write_result("held_out", {"about": about, "summary": summarise(rows), "rows": rows})
@@ -148,7 +133,7 @@ def main() -> None:
     pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
     with pool, tqdm(total=len(left), unit="training") as bar:
 
-        def finished(_: Task, row: dict[str, Any]) -> None:
+        def finished(_: Trial, row: dict[str, Any]) -> None:
             rows.append(row)
             bar.update()
             save()

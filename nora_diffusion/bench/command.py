@@ -110,6 +110,18 @@ def _others(args: argparse.Namespace) -> int:
     return _compare(args, run_others, plan)
 
 
+def _rates(args: argparse.Namespace) -> int:
+    from nora_diffusion.bench.rates import PAIRS, run_rates
+
+    steps, pairs, name = args.steps, PAIRS, args.what
+    if args.quick:
+        few = replace(PAIRS[0], subjects=("cactus",), seeds=(0,))
+        steps, pairs, name = 2, (few,), f"{args.what}-quick"
+    run_rates(steps, _ledger(args), _saver(args, name), pairs)
+    print(f"all numbers: {args.out / name}.json")
+    return 0
+
+
 def _ranks(args: argparse.Namespace) -> int:
     from nora_diffusion.bench.ranks import SUBJECTS, run_ranks
     from nora_diffusion.bench.study import Plan
@@ -236,6 +248,7 @@ COMPARISONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ablation": _ablation,
     "longer": _longer,
     "others": _others,
+    "rates": _rates,
     "ranks": _ranks,
     "multi": _multi,
     "prior": _prior,
@@ -246,6 +259,7 @@ _HELP = (
     "ablation: which part of NoRA does what",
     "longer: NoRA and LoRA in trainings of more steps",
     "others: NoRA and LoRA on twelve other subjects",
+    "rates: what other learning rates would have changed",
     "ranks: outer and inner rank",
     "multi: several subjects in one NoRA, in one each, and blended",
     "prior: what keeping the class costs a subject, and what it saves",

@@ -82,7 +82,7 @@ OTHERS_SEARCHED_ON = (
     "teddy bear",
     "hiking boot",
 )
-"""Two subjects chose a rate for LoRA r 1 that suits few others, and flattered what it is beside."""
+"""More than ``SEARCHED_ON``, which alone gives LoRA r 1 a rate that suits few other subjects."""
 
 LONGER = (TWO_RATES, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
 

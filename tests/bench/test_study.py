@@ -29,6 +29,7 @@ from nora_diffusion.bench.methods import (
 )
 from nora_diffusion.bench.prior import PRIORS
 from nora_diffusion.bench.ranks import guideline, run_ranks
+from nora_diffusion.bench.rates import PAIRS, run_rates
 from nora_diffusion.bench.report import write_report
 from nora_diffusion.bench.study import (
     ABLATION,
@@ -476,7 +477,9 @@ def test_the_eight_subjects_flatter_nora_and_more_directions_help():
     found = recorded("others")
     lines = {line["method"]: line for line in found["summary"]}
     assert {line["runs"] for line in lines.values()} == {12}
-    assert len(found["searched_on"]) == 8 and not set(found["searched_on"]) & {*SUBJECTS}
+    assert len(found["searched_on"]) == 8 and not (
+        {*found["searched_on"]} & {*SUBJECTS, *OTHER_SUBJECTS}
+    )
     rates = {name: line["learning_rate"] for name, line in found["search"].items()}
     assert (rates["LoRA r 1"], rates["LoRA r 16"], rates[WIDER.name]) == (0.006, 0.006, 0.02)
     assert not any(line["at_the_edge"] for line in found["search"].values())
@@ -503,43 +506,32 @@ def test_the_eight_subjects_flatter_nora_and_more_directions_help():
     assert max(lines, key=lambda name: lines[name]["score"]) == "LoRA r 16"
 
 
-def test_what_was_tried_on_twenty_subjects_won_no_more_than_its_error():
-    """What docs/comparison.md says of trials that belong to no command."""
-    lines = map(json.loads, (RESULTS / "trials.jsonl").read_text().splitlines())
-    rows = [{**row, "score": score(row)} for row in lines if row["steps"] == 100]
+RUNS = [24, 24, 20, 20, 20, 12, 12]
 
-    def difference(one, other, subjects, key="score", seeds=(0,)):
-        """Mean and interval, with a name and a rate for each side."""
-        sides = [
-            list(
-                {
-                    (row["subject"], row["seed"]): row
-                    for row in rows
-                    if (row["method"], row["learning_rate"]) == side
-                    and row["subject"] in subjects
-                    and row["seed"] in seeds
-                }.values()
-            )
-            for side in (one, other)
-        ]
-        assert len(sides[0]) == len(sides[1]) == len(subjects) * len(seeds)
-        return tuple(round(number, 3) for number in paired_interval(*sides, key).values())
 
-    ours, r1 = (WIDER.name, 0.02), ("LoRA r 1", 0.006)
-    twenty = (*SUBJECTS, *OTHER_SUBJECTS)
-    assert difference(ours, r1, twenty) == (0.011, -0.021, 0.043)
-    assert difference(ours, ("LoRA r 2", 0.006), twenty) == (0.005, -0.021, 0.032)
-    assert difference(ours, ("LoRA r 16", 0.002), twenty) == (-0.017, -0.049, 0.014)
-    assert difference(ours, r1, SUBJECTS, seeds=(0, 1, 2)) == (0.056, 0.009, 0.107)
+def test_on_all_twenty_subjects_mini_s_ranks_are_level_with_lora():
+    """What docs/comparison.md says of other rates."""
+    pairs = recorded("rates")["pairs"]
+    assert [pair["one"]["runs"] for pair in pairs] == RUNS
+    eight, of_r1, *twenty, poor, half = [pair["difference"] for pair in pairs]
+    assert eight["score"]["low"] > 0 and poor["score"]["low"] > 0
+    assert of_r1["text_adapted"]["low"] > 0 and abs(of_r1["score"]["mean"]) < 0.005
+    assert [pair["other"] for pair in pairs[2:5]] == [*REFERENCES]
+    level = [found["score"] for found in (*twenty, half)]
+    assert all(found["low"] < 0 < found["high"] for found in level)
+    assert half["text_adapted"]["low"] > 0
 
-    chosen = (f"{WIDER.name}, W's directions chosen by gradient", 0.02)
-    assert difference(chosen, ours, OTHER_SUBJECTS) == (0.017, -0.024, 0.057)
-    scaled = (f"{WIDER.name}, start x 0.3", 0.02)
-    assert difference(scaled, ours, OTHER_SUBJECTS) == (0.022, -0.021, 0.063)
-    assert difference(scaled, ours, OTHER_SUBJECTS, "text_adapted") == (-0.02, -0.047, -0.002)
-    slower = (WIDER.name, 0.01)
-    assert difference(slower, ours, OTHER_SUBJECTS) == (-0.008, -0.029, 0.015)
-    assert difference(slower, ours, OTHER_SUBJECTS, "text_adapted") == (0.023, 0.001, 0.045)
+
+def test_pairs_are_of_the_same_subjects_and_seeds_and_train_what_is_missing(ledger):
+    saved = []
+    found = run_rates(5, ledger, saved.append)
+    assert saved == [found] and [pair["one"]["runs"] for pair in found["pairs"]] == RUNS
+    for pair, line in zip(PAIRS, found["pairs"], strict=True):
+        one, other = pair.trials(5)
+        assert [(a.subject, a.seed) for a in one] == [(b.subject, b.seed) for b in other]
+        wanted = line["one"]["score"] - line["beside"]["score"]
+        assert line["difference"]["score"]["mean"] == pytest.approx(wanted, abs=2e-5)
+        assert line["one"]["learning_rate"] == pair.rate
 
 
 def test_nora_learns_as_much_of_the_photos_and_less_of_it_holds():
