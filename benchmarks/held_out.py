@@ -22,7 +22,16 @@ import torch
 from _common import RESULTS, write_result
 from tqdm import tqdm
 
-from nora_diffusion.bench.methods import SPLIT, WIDER, WIDEST, lora, nora
+from nora_diffusion.bench.methods import (
+    FEED_FORWARD,
+    LORA_FEED_FORWARD,
+    SPLIT,
+    WIDER,
+    WIDEST,
+    lora,
+    nora,
+    only,
+)
 from nora_diffusion.bench.parallel import side_by_side
 from nora_diffusion.bench.ruler import BASE_HASH, PHOTO_PX
 from nora_diffusion.bench.trial import Trial, open_session, trial_config
@@ -38,7 +47,7 @@ from nora_diffusion.train.session import Session
 STEPS = 100
 MEASURED = 24  # batches a loss is averaged over
 FRESH = 5000  # number of the first of them: far from any that a start is fitted to
-
+KINDS = ("attention", "feed_forward")
 
 METHODS = (
     *(lora(f"LoRA r {r}", r) for r in (1, 2, 16)),
@@ -46,6 +55,9 @@ METHODS = (
     WIDER,
     WIDEST,
     nora(64, 4, basis="gradient", init="gradient", text_basis="random"),
+    FEED_FORWARD,
+    *LORA_FEED_FORWARD,
+    *(only(kind, method) for kind in KINDS for method in (WIDER, lora("LoRA r 1", 1))),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import LoraConfig, OFTConfig, PeftConfig, PsoftConfig
@@ -17,6 +17,9 @@ RATES = {
 }
 """Learning rates that are tried, by kind of method: as many for each."""
 
+TARGETS = ("attention", "feed_forward")
+"""Linear layers alone: not every method that is compared can adapt a convolution."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -28,6 +31,7 @@ class Method:
         nora: settings of the run, for a variant of NoRA.
         peft: PEFT's configuration class, for any other method.
         options: its arguments beside the modules.
+        targets: kinds of the denoiser's modules that it adapts, as in ``adapter.targets``.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Method:
     nora: dict[str, Any] = field(default_factory=dict)
     peft: Callable[..., PeftConfig] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = TARGETS
 
     def build(self, targets: Sequence[str]) -> PeftConfig:
         """PEFT's configuration for modules of these names."""
@@ -121,6 +126,24 @@ WIDER = nora(r=64, inner_r=4, init="gradient", text_basis="random")
 
 WIDEST = nora(r=128, inner_r=2, init="gradient", text_basis="random")
 """And over four times as many."""
+
+
+def only(kind: str, method: Method, **nora_settings: int) -> Method:
+    """A method on one kind of the denoiser's modules; further settings of NoRA by config key."""
+    name = f"{method.name}, {kind.replace('_', '-')}"
+    return replace(method, name=name, nora={**method.nora, **nora_settings}, targets=(kind,))
+
+
+FEED_FORWARD = only(
+    "feed_forward",
+    nora(r=160, inner_r=8, init="gradient", text_basis="random"),
+    **{"text_encoder.r": 64, "text_encoder.inner_r": 4},
+)
+"""As many numbers as in ``WIDER``, all of the denoiser's in its feed-forward layers, which are 160
+wide on their narrow side: every one of W's directions."""
+
+LORA_FEED_FORWARD = tuple(only("feed_forward", lora(f"LoRA r {r}", r)) for r in (2, 16))
+"""LoRA on the same modules: of r 2 it has as many numbers."""
 
 _BASES = ("weight", "weight_minor", "activation", "gradient", "random")
 _INITS = ("orthogonal", "sigma", "gradient")

@@ -9,7 +9,8 @@ import numpy as np
 
 from nora_diffusion.bench.ledger import Ledger, Row
 from nora_diffusion.bench.methods import SPLIT, Method, nora
-from nora_diffusion.bench.study import Plan, Study, mean_row, score
+from nora_diffusion.bench.study import Plan, Study
+from nora_diffusion.bench.summary import mean_row, score
 from nora_diffusion.bench.trial import Trial
 
 OUTER, INNER = (4, 8, 16, 32, 64), (1, 2, 4, 8, 16)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from nora_diffusion.bench.bootstrap import paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
 from nora_diffusion.bench.methods import WIDER, Method, lora
-from nora_diffusion.bench.study import OTHER_SUBJECTS, Plan, mean_row, score
+from nora_diffusion.bench.study import OTHER_SUBJECTS, Plan
+from nora_diffusion.bench.summary import mean_row, score
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 

@@ -39,7 +39,8 @@ def write_report(root: Path) -> list[Path]:
         UserError: when a template or a result is missing.
     """
     changed: list[Path] = []
-    for page, text, rendered in _pages(root):
+    pages = list(_pages(root))  # all before any is written: a later one may lack its result
+    for page, text, rendered in pages:
         if text != rendered:
             write_atomically(page, rendered.encode())
             changed.append(page)

@@ -16,13 +16,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nora_diffusion.bench.bootstrap import interval, paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
 from nora_diffusion.bench.methods import (
     BASELINES,
+    FEED_FORWARD,
     FITTED,
+    LORA_FEED_FORWARD,
     PAPER,
     SPLIT,
     TWO_RATES,
@@ -33,12 +33,11 @@ from nora_diffusion.bench.methods import (
     lora,
     nora,
 )
+from nora_diffusion.bench.summary import mean_row, score, sizes, summarise
 from nora_diffusion.bench.trial import Trial
 from nora_diffusion.mini.subjects import SUBJECTS
 
 SEARCHED_ON = ("rooster", "cactus")
-REFERENCES = ("LoRA r 1", "LoRA r 2", "LoRA r 16")
-"""What every method is compared with, run by run."""
 FINALISTS = 4
 ABLATION = (
     lora("outer trained, no inner (PiSSA r 32)", 32, init_lora_weights="pissa"),
@@ -48,14 +47,18 @@ ABLATION = (
     FITTED,
     SPLIT,
     TWO_RATES,
+    WIDER,
+    FEED_FORWARD,
     lora("LoRA r 16", 16),
 )
 OTHERS = (
     SPLIT,
     WIDER,
     WIDEST,
+    FEED_FORWARD,
     nora(basis="gradient", init="gradient", text_basis="random"),
     *(lora(f"LoRA r {r}", r) for r in (1, 2, 16)),
+    *LORA_FEED_FORWARD,
 )
 OTHER_SUBJECTS = (
     "leopard",
@@ -84,7 +87,13 @@ OTHERS_SEARCHED_ON = (
 )
 """More than ``SEARCHED_ON``, which alone gives LoRA r 1 a rate that suits few other subjects."""
 
-LONGER = (TWO_RATES, SPLIT, lora("LoRA r 1", 1), lora("LoRA r 2", 2), lora("LoRA r 16", 16))
+LONGER = (
+    TWO_RATES,
+    SPLIT,
+    FEED_FORWARD,
+    *(lora(f"LoRA r {r}", r) for r in (1, 2, 16)),
+    LORA_FEED_FORWARD[0],
+)
 
 
 @dataclass(frozen=True)
@@ -114,18 +123,6 @@ class Plan:
     rates: tuple[int, ...] = (0, 1, 2, 3)
 
 
-def score(row: Row) -> float:
-    """What chooses: gap closed times backgrounds kept.
-
-    A gap that has widened counts whole, whatever became of the backgrounds; a training that
-    diverged scores 0, as it leaves the base.
-    """
-    if "diverged" in row:
-        return 0.0
-    gap = row["gap_closed"]
-    return gap if gap < 0 else gap * row["background_adapted"] / row["background_base"]
-
-
 def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     """Run or continue all stages.
 
@@ -140,10 +137,11 @@ def run_study(plan: Plan, ledger: Ledger, save: Callable[[Row], None]) -> Row:
     study = Study(plan, ledger, save)
     study.search((PAPER, nora()))
     finalists = study.choose_variants()
-    more = (FITTED, SPLIT, TWO_RATES, WIDER, WIDEST, *finalists)
-    study.search((*more, *plan.baselines))
+    more = (FITTED, SPLIT, TWO_RATES, WIDER, WIDEST, FEED_FORWARD, *finalists)
+    baselines = (*plan.baselines, *LORA_FEED_FORWARD)
+    study.search((*more, *baselines))
     ours = {method.name: method for method in (PAPER, *more)}
-    study.final((*plan.baselines, *ours.values()))
+    study.final((*baselines, *ours.values()))
     return study.results
 
 
@@ -284,64 +282,3 @@ class Study:
 
         self.ledger.run(trials, so_far)
         so_far()
-
-
-def mean_row(rows: Sequence[Row]) -> Row:
-    """Means of every number over the rows that have it; a diverged training has none."""
-    usable = [row for row in rows if "diverged" not in row]
-    names = dict.fromkeys(k for row in usable for k, v in row.items() if isinstance(v, float))
-    means = {
-        name: round(statistics.mean(row[name] for row in usable if name in row), 5)
-        for name in names
-    }
-    return means | {"runs": len(rows), "diverged": len(rows) - len(usable)}
-
-
-def sizes(rows: Sequence[Row]) -> Row:
-    """What a method trains and stores; None where every training diverged."""
-    first = next((row for row in rows if "diverged" not in row), {})
-    return {name: first.get(name) for name in ("trained_parameters", "file_bytes")}
-
-
-def summarise(rows: Sequence[Row], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A line for each method: means, intervals over subjects and seeds, and ``against``.
-
-    These are differences to the ``REFERENCES`` on the same subjects and seeds, with intervals.
-    """
-    rows = [{**row, "score": score(row)} for row in rows]
-    of_method = {name: [row for row in rows if row["method"] == name] for name in methods}
-    lines: list[dict[str, Any]] = []
-    for name, own in of_method.items():
-        if not own:
-            continue
-        lines.append(
-            {
-                "method": name,
-                **mean_row(own),
-                **sizes(own),
-                "learning_rate": own[0]["learning_rate"],
-                "score": statistics.mean(row["score"] for row in own),
-                "intervals": {
-                    key: interval(own, key)
-                    for key in ("gap_closed", "text_adapted", "background_adapted")
-                },
-                "against": {
-                    other: {
-                        key: paired_interval(own, of_method[other], key)
-                        for key in ("score", "gap_closed", "text_adapted")
-                    }
-                    for other in REFERENCES
-                    if other != name and of_method.get(other) and _in_common(own, of_method[other])
-                },
-            }
-        )
-    return lines
-
-
-def _in_common(rows: Sequence[Row], others: Sequence[Row]) -> bool:
-    """Whether any subject and seed was learnt by both."""
-    usable = (
-        {(row["subject"], row["seed"]) for row in some if "diverged" not in row}
-        for some in (rows, others)
-    )
-    return not set.isdisjoint(*usable)

@@ -32,9 +32,6 @@ from nora_diffusion.train.report import Report
 from nora_diffusion.train.session import Session
 from nora_diffusion.train.update import Update
 
-TARGETS = ("attention", "feed_forward")
-"""Linear layers alone: not every method that is compared can adapt a convolution."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -147,7 +144,7 @@ def method_config(
         "train.seed": seed, "train.checkpoint_every": 0, "output.dir": folder / "run",
         "adapter.seed": seed, **method.nora,
     }  # fmt: skip
-    targets = [text for kind in TARGETS for text in ("--adapter.targets", kind)]
+    targets = [text for kind in method.targets for text in ("--adapter.targets", kind)]
     return load_config("mini", [*(f"{k}={v}" for k, v in settings.items()), *targets, *subjects])
 
 
@@ -165,7 +162,7 @@ def add_method(
         return
     # PEFT draws initial factors from torch's own generator.
     torch.manual_seed(cfg.train.seed)
-    of_denoiser = [ending for kind in TARGETS for ending in family.targets[kind]]
+    of_denoiser = [ending for kind in method.targets for ending in family.targets[kind]]
     for component, model in models.items():
         denoiser = model is family.components.denoiser
         config: Any = method.build(of_denoiser if denoiser else family.text_targets)

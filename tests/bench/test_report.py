@@ -90,6 +90,16 @@ def test_what_is_missing_is_named(checkout, tmp_path):
         check_report(tmp_path / "docs")
 
 
+def test_nothing_is_written_when_a_later_page_lacks_its_result(checkout):
+    (checkout / "docs" / "later.md").write_text("<!-- report: gone -->\n<!-- end of report -->\n")
+    (checkout / "benchmarks" / "report" / "gone.md").write_text('{{ results("gone").gap }}')
+    before = (checkout / "README.md").read_text()
+    assert "\nold\n" in before  # what would have been rendered anew
+    with pytest.raises(UserError, match="gone.json: no such result"):
+        write_report(checkout)
+    assert (checkout / "README.md").read_text() == before
+
+
 def test_plots_are_drawn_again_when_their_numbers_change(checkout):
     write_report(checkout)
     results, plot = (
