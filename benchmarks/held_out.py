@@ -56,7 +56,7 @@ METHODS = (
     WIDEST,
     nora(64, 4, basis="gradient", init="gradient", text_basis="random"),
     FEED_FORWARD,
-    *LORA_FEED_FORWARD,
+    LORA_FEED_FORWARD[0],
     *(only(kind, method) for kind in KINDS for method in (WIDER, lora("LoRA r 1", 1))),
 )
 

@@ -1,4 +1,4 @@
-"""``nora bench rates``: mini's ranks beside LoRA at rates that other searches would have chosen."""
+"""``nora bench rates``: mini's NoRA beside LoRA on all subjects, and at other searches' rates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from nora_diffusion.bench.bootstrap import paired_interval
 from nora_diffusion.bench.ledger import Ledger, Row
-from nora_diffusion.bench.methods import WIDER, Method, lora
+from nora_diffusion.bench.methods import (
+    FEED_FORWARD,
+    LORA_FEED_FORWARD,
+    SPLIT,
+    TWO_RATES,
+    WIDER,
+    Method,
+    lora,
+)
 from nora_diffusion.bench.study import OTHER_SUBJECTS, Plan
 from nora_diffusion.bench.summary import mean_row, score
 from nora_diffusion.bench.trial import Trial
@@ -37,15 +45,28 @@ class Pair:
 
 _R1, _R2, _R16 = (lora(f"LoRA r {r}", r) for r in (1, 2, 16))
 _SEEDS = Plan(steps=1).seeds
+_ALL = (*SUBJECTS, *OTHER_SUBJECTS)
 PAIRS = (
+    Pair(FEED_FORWARD, 2e-2, _R1, 6e-3, SUBJECTS, _SEEDS),
+    *(
+        Pair(FEED_FORWARD, 2e-2, other, rate, _ALL)
+        for other, rate in (
+            (_R1, 6e-3),
+            (_R2, 6e-3),
+            (LORA_FEED_FORWARD[0], 6e-3),
+            (_R16, 2e-3),
+            (WIDER, 2e-2),
+        )
+    ),
     Pair(WIDER, 2e-2, _R1, 6e-3, SUBJECTS, _SEEDS),
     Pair(_R1, 6e-3, _R1, 2e-2, SUBJECTS, _SEEDS),
     *(
-        Pair(WIDER, 2e-2, other, rate, (*SUBJECTS, *OTHER_SUBJECTS))
+        Pair(WIDER, 2e-2, other, rate, _ALL)
         for other, rate in ((_R1, 6e-3), (_R2, 6e-3), (_R16, 2e-3))
     ),
     Pair(WIDER, 2e-2, _R1, 2e-2, OTHER_SUBJECTS),
     Pair(WIDER, 1e-2, WIDER, 2e-2, OTHER_SUBJECTS),
+    Pair(TWO_RATES, 2e-2, SPLIT, 1.2e-2, SUBJECTS, _SEEDS),
 )
 
 
