@@ -92,7 +92,6 @@ LONGER = (
     SPLIT,
     FEED_FORWARD,
     *(lora(f"LoRA r {r}", r) for r in (1, 2, 16)),
-    LORA_FEED_FORWARD[0],
 )
 
 

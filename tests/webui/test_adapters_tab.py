@@ -62,8 +62,8 @@ def test_cards_facts_and_search(tab, studio, finished_run):
     rose = adopted(studio, finished_run, "Rose")
     adopted(studio, finished_run, "Tulip")
     shown = tab._act(given(tab), event("open", rose.id), NOBODY)
-    assert "rank 64 / 4 · 2 steps · loss " in shown[tab.listed]
-    for fact in ("mini", "sks", "flower", "64 / 4", "<dd>2</dd>", "kB"):
+    assert "rank 160 / 8 · 2 steps · loss " in shown[tab.listed]
+    for fact in ("mini", "sks", "flower", "160 / 8", "<dd>2</dd>", "kB"):
         assert fact in shown[tab.facts]
     assert shown[tab.name] == "Rose" and shown[tab.card].startswith("---\nbase_model:")
     assert shown[tab.listed].count('aria-current="true"') == 1
@@ -145,7 +145,7 @@ def test_in_chromium_from_the_list_to_the_bin(tmp_path, finished_run):
         page.get_by_role("tab", name="Adapters").click()
         listed, status = page.locator("#adapters-list"), page.locator("#adapters-status")
         listed.get_by_role("button", name="Open: Hibiscus").press("Enter")
-        expect(page.locator("#adapters-facts")).to_contain_text("64 / 4")
+        expect(page.locator("#adapters-facts")).to_contain_text("160 / 8")
         for layout, name, key in (
             ("native", "hibiscus-nora", ".nora_inner_A"),
             ("diffusers", "hibiscus-lora-diffusers", ".lora_A.weight"),

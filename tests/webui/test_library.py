@@ -55,7 +55,7 @@ def test_what_a_run_left_is_taken_over_once(studio, finished_job, finished_run):
         "Hibiscus", "nora", "mini", "sd",
     )  # fmt: skip
     assert (adapter.trigger, adapter.class_name) == ("sks", "flower")
-    assert (adapter.r, adapter.inner_r, adapter.steps) == (64, 4, 2)
+    assert (adapter.r, adapter.inner_r, adapter.steps) == (160, 8, 2)
     assert adapter.loss is not None and adapter.loss > 0
     assert adapter.path.read_bytes() == (finished_run / "adapter.safetensors").read_bytes()
     assert adapter.size_bytes == adapter.path.stat().st_size
@@ -209,8 +209,8 @@ def test_good_files_are_imported(studio, upload, finished_run, tmp_path):
     values = (*lora_tensors().values(), np.array(2.0, np.float32))
     save_file(dict(zip(names, values, strict=True)), kohya)
     for file, kind, r, inner_r, base in (
-        (finished_run / NATIVE, "nora", 64, 4, ""),
-        (finished_run / LORA, "lora", 4, None, ""),
+        (finished_run / NATIVE, "nora", 160, 8, ""),
+        (finished_run / LORA, "lora", 8, None, ""),
         (kohya, "lora", 2, None, "mini"),
         (GOLDEN / "v1-compact.safetensors", "nora", 6, 2, "mini"),
         (GOLDEN / "v1-peft" / "adapter_model.safetensors", "lora", 4, None, "owner/name"),
