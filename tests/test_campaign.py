@@ -66,7 +66,7 @@ def test_all_problems_of_all_lines_are_told_at_once_and_nothing_starts(tmp_path,
         'line 3: train.steps = "many": must be a whole number',
         "line 5: class_name: missing",
         'line 5: name = "b/c": must be letters',
-        "line 5: adapter.inner_r = 4: must be at most adapter.r = 2",
+        "line 5: adapter.inner_r = 8: must be at most adapter.r = 2",
     ]
     assert len(problems) == len(starts)
     for start in starts:
@@ -171,7 +171,7 @@ def test_a_run_that_is_there_must_be_the_one_of_its_line(tmp_path, capsys):
             save_config(run.config, run.folder)
     (out / "b" / "thesis.doc").touch()
     told = refused(capsys, str(path), "--out", str(out))
-    assert "line 2: adapter.r = 64: the run in" in told and "was started with 16" in told
+    assert "line 2: adapter.r = 160: the run in" in told and "was started with 16" in told
     assert f"line 3: {out / 'b'}: holds other files and no run" in told
     shutil.rmtree(out / "b")
     assert main(["campaign", str(path), "--out", str(out), "--adapter.r", "16", "--dry-run"]) == 0

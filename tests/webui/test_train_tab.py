@@ -219,11 +219,11 @@ def test_the_form_starts_a_run_with_just_what_differs(tab, page, studio, subject
 def test_wrong_settings_are_told_before_the_start(tab, page, subject):
     page.tick()
     page.choose(page.field("train.batch_size"), None)
-    page.choose(page.field("adapter.inner_r"), 99)
+    page.choose(page.field("adapter.inner_r"), 999)
     problem = page.values[tab.form.asked][1]
     assert "2 problems" in problem and 'train.batch_size = ""' in problem
     page.tick()
-    assert "adapter.inner_r = 99: must be at most" in page.values[tab.form.forecast]
+    assert "adapter.inner_r = 999: must be at most" in page.values[tab.form.forecast]
 
 
 @pytest.mark.slow
