@@ -60,7 +60,8 @@ class Ledger:
 
     def run(self, trials: Sequence[Trial], on_row: Callable[[], None] = lambda: None) -> list[Row]:
         """Rows of all the trials, in their order; ``on_row`` is called after each new one."""
-        left = [trial for trial in trials if self.find(trial) is None]
+        # By name: what is asked for twice is measured once.
+        left = [*{_name(t.key): t for t in trials if self.find(t) is None}.values()]
         if left:
             self._measure(left, on_row)
         return [self.row(trial) for trial in trials]

@@ -118,6 +118,13 @@ def test_nothing_is_trained_twice(ledger, monkeypatch):
         assert (reopened.find(trial) is not None) is found
 
 
+def test_what_is_asked_for_twice_is_trained_once(ledger):
+    one, other = (Trial(PAPER, subject, PAPER.rates[0], 0, 5) for subject in SUBJECTS[:2])
+    found = ledger.run([one, other, one])
+    assert [row["subject"] for row in found] == [SUBJECTS[0], SUBJECTS[1], SUBJECTS[0]]
+    assert len(ledger.file.read_text().splitlines()) == 2
+
+
 def test_the_ablation_takes_the_same_trials(ledger):
     run_study(PLAN, ledger, lambda row: None)
     results = run_ablation(PLAN, ledger, lambda row: None)
