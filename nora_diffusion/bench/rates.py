@@ -58,6 +58,10 @@ PAIRS = (
             (WIDER, 2e-2),
         )
     ),
+    *(
+        Pair(FEED_FORWARD, 2e-2, other, rate, OTHER_SUBJECTS, _SEEDS)
+        for other, rate in ((_R1, 6e-3), (_R16, 2e-3))
+    ),
     Pair(WIDER, 2e-2, _R1, 6e-3, SUBJECTS, _SEEDS),
     Pair(_R1, 6e-3, _R1, 2e-2, SUBJECTS, _SEEDS),
     *(
