@@ -86,20 +86,23 @@ def nora(
     init: str = "orthogonal",
     alpha: float | None = None,
     text_basis: str | None = None,
+    text_ranks: tuple[int, int] | None = None,
     ratio: float = 1.0,
 ) -> Method:
     """A variant of NoRA.
 
     ``alpha`` is the exponent of its timestep law. ``text_basis`` is the basis in the text encoder;
-    without it that of the denoiser, or the weight's for one that is fitted to pictures. ``ratio``
-    is the learning rate of P, which is searched, over that of Q.
+    without it that of the denoiser, or the weight's for one that is fitted to pictures;
+    ``text_ranks`` are its ranks, without them those of the denoiser. ``ratio`` is the learning rate
+    of P, which is searched, over that of Q.
     """
+    text_r, text_inner_r = text_ranks or (r, inner_r)
     law = "" if alpha is None else f", alpha {alpha:g}"
     law += "" if text_basis is None else f", text {text_basis}"
     law += "" if ratio == 1 else f", Q at 1/{ratio:g}"
     given = {
         "adapter.r": r, "adapter.inner_r": inner_r, "adapter.basis": basis, "adapter.init": init,
-        "text_encoder.r": r, "text_encoder.inner_r": inner_r,
+        "text_encoder.r": text_r, "text_encoder.inner_r": text_inner_r,
         "train.loraplus_lr_ratio": ratio,
         "text_encoder.basis": text_basis or ("weight" if basis in DATA_BASES else basis),
     }  # fmt: skip
@@ -128,16 +131,14 @@ WIDEST = nora(r=128, inner_r=2, init="gradient", text_basis="random")
 """And over four times as many."""
 
 
-def only(kind: str, method: Method, **nora_settings: int) -> Method:
-    """A method on one kind of the denoiser's modules; further settings of NoRA by config key."""
-    name = f"{method.name}, {kind.replace('_', '-')}"
-    return replace(method, name=name, nora={**method.nora, **nora_settings}, targets=(kind,))
+def only(kind: str, method: Method) -> Method:
+    """A method on one kind of the denoiser's modules."""
+    return replace(method, name=f"{method.name}, {kind.replace('_', '-')}", targets=(kind,))
 
 
 FEED_FORWARD = only(
     "feed_forward",
-    nora(r=160, inner_r=8, init="gradient", text_basis="random"),
-    **{"text_encoder.r": 64, "text_encoder.inner_r": 4},
+    nora(r=160, inner_r=8, init="gradient", text_basis="random", text_ranks=(64, 4)),
 )
 """As many numbers as in ``WIDER``, all of the denoiser's in its feed-forward layers, which are 160
 wide on their narrow side: every one of W's directions."""
